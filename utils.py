@@ -1,0 +1,839 @@
+"""Everything around the diffusion model: beta schedules, data sets, checkpoints, image files, command-line plumbing."""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one clear line that says how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beta schedules: f(T) -> betas, shape (T,), float64, in (0, 1). betas[t - 1] is the papers' beta_t.
+#
+# One step of the forward process is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM, eq. 2). The published
+# betas belong to T = 1000; for another T they are scaled by 1000 / T, so that the same noise is added in all.
+# To add one, write a function and add it to SCHEDULES: the command line, every sampler and every test then know it.
+
+MAX_BETA = 0.999  # beta = 1 would leave no signal, and x_0 could not be read off x_t
+
+
+def scaled_betas(betas_at_1000: torch.Tensor) -> torch.Tensor:
+    """Betas published for T = 1000, sampled at T points -> the betas for T steps, clamped to MAX_BETA; (T,) -> (T,)."""
+    return (betas_at_1000 * 1000 / len(betas_at_1000)).clamp(max=MAX_BETA)
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[torch.Tensor], torch.Tensor], T: int) -> torch.Tensor:
+    """beta_t = 1 - alpha_bar(t/T) / alpha_bar((t-1)/T), clamped to MAX_BETA; -> (T,) (Nichol & Dhariwal 2021, sec. 3.2)."""
+    bar = alpha_bar(torch.linspace(0, 1, T + 1, dtype=torch.float64))  # (T+1,)
+    return (1 - bar[1:] / bar[:-1]).clamp(max=MAX_BETA)
+
+
+def linear(T: int) -> torch.Tensor:
+    """beta from 1e-4 to 0.02 in equal steps (Ho et al. 2020, section 4); -> (T,)."""
+    return scaled_betas(torch.linspace(1e-4, 0.02, T, dtype=torch.float64))
+
+
+def quadratic(T: int) -> torch.Tensor:
+    """sqrt(beta) from sqrt(1e-4) to sqrt(0.02) in equal steps: gentler at first (Ho et al. 2020, code); -> (T,)."""
+    return scaled_betas(torch.linspace(1e-4**0.5, 0.02**0.5, T, dtype=torch.float64) ** 2)
+
+
+def sigmoid(T: int) -> torch.Tensor:
+    """beta from 1e-4 to 0.02 along a logistic curve over [-6, 6] (Xu et al. 2022, GeoDiff); -> (T,)."""
+    return scaled_betas(torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (0.02 - 1e-4) + 1e-4)
+
+
+def constant(T: int) -> torch.Tensor:
+    """beta the same at every step, the mean of `linear`, so that it ends with the same alpha_bar_T; -> (T,)."""
+    return scaled_betas(torch.full((T,), (1e-4 + 0.02) / 2, dtype=torch.float64))
+
+
+def jsd(T: int) -> torch.Tensor:
+    """beta_t = 1 / (T - t + 1), so that alpha_bar_t = 1 - t / T falls in a straight line (Sohl-Dickstein 2015); -> (T,)."""
+    return (1 / torch.linspace(T, 1, T, dtype=torch.float64)).clamp(max=MAX_BETA)
+
+
+def cosine(T: int) -> torch.Tensor:
+    """alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2) / cos^2(s / (1 + s) pi/2), s = 0.008; -> (T,) (Nichol & Dhariwal 2021, eq. 17)."""
+    s = 0.008
+    return betas_from_alpha_bar(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
+
+
+def laplace(T: int) -> torch.Tensor:
+    """log snr(u) = -b sgn(0.5 - u) log(1 - 2|u - 0.5|), b = 0.5: most steps near snr = 1; -> (T,) (Hang et al. 2024)."""
+    b = 0.5
+
+    def alpha_bar(u: torch.Tensor) -> torch.Tensor:
+        log_snr = -b * (0.5 - u).sign() * (1 - 2 * (u - 0.5).abs()).log()
+        return log_snr.sigmoid()  # snr = alpha_bar / (1 - alpha_bar)
+
+    return betas_from_alpha_bar(alpha_bar, T)
+
+
+def flow(T: int) -> torch.Tensor:
+    """snr(u) = ((1 - u) / u)^2: flow matching's straight line (1 - u) x_0 + u eps, rescaled to unit variance; -> (T,).
+
+    Rectified flow (Liu et al. 2022) is one more noise schedule: dividing the line by sqrt((1 - u)^2 + u^2) makes it
+    sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, and any network and sampler here takes it from there.
+    """
+    return betas_from_alpha_bar(lambda u: (1 - u) ** 2 / ((1 - u) ** 2 + u**2), T)
+
+
+SCHEDULES = {
+    "linear": linear,
+    "cosine": cosine,
+    "quadratic": quadratic,
+    "sigmoid": sigmoid,
+    "constant": constant,
+    "jsd": jsd,
+    "laplace": laplace,
+    "flow": flow,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets. A loader `f(root, split) -> Source` says what there is: image files, or arrays, with labels or captions.
+# get_data turns a Source into Data: one uint8 array, decoded once and cached. To add one: a function, a dict entry.
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+    "MPO",
+]  # none that Pillow hands to a program
+
+
+@dataclass
+class Source:
+    """Images before they are decoded: files or one array (N, h, w) or (N, h, w, 3) uint8, and what is known of them."""
+
+    images: list[Path] | np.ndarray
+    labels: list[int] | None = None  # 0-based
+    class_names: list[str] | None = None
+    captions: list[str] | None = None
+    flip: bool = True  # may an image be mirrored and still be what its label or caption says
+    image_size: int = 64  # what --image-size and --channels default to
+    channels: int = 3
+    root: Path | None = None  # the folder that file names are given relative to
+
+
+@dataclass
+class Data:
+    """A data set in memory: images (N, C, H, W) uint8 and, where known, labels (N,) int64 (0-based) or N captions."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
+    class_names: list[str] | None = None
+    captions: list[str] | None = None
+    flip: bool = False
+    skipped: list[str] = field(default_factory=list)  # the files that could not be read
+
+
+def image_files(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder by name, in a fixed order; hidden files are no images."""
+    if not folder.is_dir():
+        return []
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted(
+        p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The sub-folders of a folder, sorted by name; hidden ones are no classes."""
+    return (
+        sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if folder.is_dir()
+        else []
+    )
+
+
+def no_split(dataset: str, split: str) -> UserError:
+    return UserError(f"data set {dataset!r} has no split {split!r} here, only 'train'")
+
+
+def digits(root: Path, split: str) -> Source:
+    """The 1797 8x8 digits of UCI's optical recognition set, which the project carries (data/README.md)."""
+    if split != "train":
+        raise no_split("digits", split)
+    with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as file:
+        images, labels = file["images"], file["labels"]  # (1797, 8, 8) of 0..16, (1797,)
+    images = (images * (255 / 16)).round().astype(np.uint8)
+    return Source(images, labels.tolist(), [str(k) for k in range(10)], flip=False, image_size=16, channels=1)
+
+
+def from_torchvision(name: str, root: Path, **options) -> torch.utils.data.Dataset:
+    """A torchvision data set under root, downloaded on first use; UserError where that fails."""
+    try:
+        return getattr(torchvision.datasets, name)(str(root), download=True, **options)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{name} is neither under {root} nor could it be downloaded ({error}): "
+            "check the network, or copy it there and name the folder with --data-root"
+        ) from None
+
+
+def mnist(root: Path, split: str) -> Source:
+    """MNIST: 60000 (test: 10000) handwritten digits, 28x28."""
+    data = from_torchvision("MNIST", root, train=split == "train")
+    return Source(
+        data.data.numpy(),
+        data.targets.tolist(),
+        [str(k) for k in range(10)],
+        flip=False,
+        image_size=28,
+        channels=1,
+    )
+
+
+def fashion_mnist(root: Path, split: str) -> Source:
+    """Fashion-MNIST: 60000 (test: 10000) pieces of clothing, 28x28."""
+    data = from_torchvision("FashionMNIST", root, train=split == "train")
+    return Source(data.data.numpy(), data.targets.tolist(), list(data.classes), image_size=28, channels=1)
+
+
+def cifar10(root: Path, split: str) -> Source:
+    """CIFAR-10: 50000 (test: 10000) colour photographs of ten kinds, 32x32."""
+    data = from_torchvision("CIFAR10", root, train=split == "train")
+    return Source(data.data, list(data.targets), list(data.classes), image_size=32)
+
+
+def imagenette(root: Path, split: str) -> Source:
+    """Imagenette: 9469 (test: 3925) photographs of ten easy ImageNet classes, short side 160."""
+    part = "train" if split == "train" else "val"
+    folder = root / "imagenette2-160"
+    if not (folder / part).is_dir():  # some versions of torchvision refuse to "download" what is there
+        from_torchvision("Imagenette", root, split=part, size="160px")
+    source = labelled_folders(folder / part)
+    source.class_names = [IMAGENETTE.get(wnid, wnid) for wnid in source.class_names]
+    return source
+
+
+IMAGENETTE = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def labelled_folders(folder: Path) -> Source:
+    """`folder/<class>/**/*.jpg`: labels are the positions of the class names in alphabetical order."""
+    classes = [(f.name, image_files(f, recursive=True)) for f in class_folders(folder)]
+    classes = [(name, files) for name, files in classes if files]
+    files = [p for _, of_class in classes for p in of_class]
+    labels = [k for k, (_, of_class) in enumerate(classes) for _ in of_class]
+    return Source(files, labels, [name for name, _ in classes], root=folder)
+
+
+def folder(root: Path, split: str) -> Source:
+    """A folder of images: flat, one sub-folder a class, or with captions in metadata.jsonl; `train/`, `test/` if there."""
+    if not root.is_dir():
+        raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
+    sub_folders = {f.name for f in class_folders(root)}
+    if "train" in sub_folders and sub_folders <= {
+        "train",
+        "test",
+        "val",
+        "valid",
+    }:  # splits, not a class of trains
+        if split not in sub_folders:
+            raise no_split("folder", split)
+        root = root / split
+    elif split != "train":
+        raise no_split("folder", split)
+    if (root / "metadata.jsonl").is_file():
+        source = captioned_folder(root)
+    else:
+        flat = image_files(root)
+        source = Source(flat, root=root) if flat else labelled_folders(root)
+    if not source.images:
+        raise UserError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return source
+
+
+def captioned_folder(root: Path) -> Source:
+    """Images and captions as listed in `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
+    files, captions = [], []
+    for number, line in enumerate(
+        (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1
+    ):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            file, text = root / entry["file_name"], entry["text"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{root / 'metadata.jsonl'}, line {number}: expected "
+                '{"file_name": "image.png", "text": "a caption"}'
+            ) from None
+        files.append(file)
+        captions.append(str(text))
+    return Source(files, captions=captions, flip=False, root=root)
+
+
+CARS_TREES = """accepted, each under --data-root or in a sub-folder of it whose name contains "car":
+  torchvision              Kaggle, by classes                     Kaggle, doubled          by classes
+  stanford_cars/           names.csv                              cars_train/              train/
+    cars_train/00001.jpg   anno_train.csv                           cars_train/00001.jpg     <Class name>/*.jpg
+    devkit/                car_data/car_data/                     devkit/                  test/
+      cars_meta.mat          train/<Class name>/*.jpg                                        <Class name>/*.jpg
+                             test/<Class name>/*.jpg
+get it (its original address is gone) with one of
+  kaggle datasets download -d jutrera/stanford-car-dataset-by-classes-folder --unzip -p data/stanford_cars
+  kaggle datasets download -d rickyyyyyyy/torchvision-stanford-cars --unzip -p data"""
+
+
+def stanfordcars(root: Path, split: str) -> Source:
+    """Stanford Cars (Krause et al. 2013): 8144 (test: 8041) cars of 196 classes, in any layout that people have it in.
+
+    Labels are the official class numbers less 1 (so 0..195) wherever names.csv, anno_*.csv or the devkit give them.
+    """
+    images, near = find_cars(root, split)
+    source = Source(image_files(images), root=images)
+    names = car_names(near)
+    if source.images:  # flat: labels by file name
+        source.labels = car_labels(source.images, near, split)
+        if source.labels:
+            source.class_names = names or [f"class {k + 1}" for k in range(max(195, *source.labels) + 1)]
+        return source
+
+    source = labelled_folders(images)
+    if names:  # a folder for each class: labels by folder name
+        number = {car_key(name): k for k, name in enumerate(names)}
+        for name in source.class_names:
+            if car_key(name) not in number:
+                raise UserError(
+                    f"{images / name} is no class of names.csv or the devkit: rename it, or move it away"
+                )
+        source.labels = [number[car_key(source.class_names[k])] for k in source.labels]
+        source.class_names = names
+    elif labels := car_labels(
+        source.images, near, split
+    ):  # class numbers by file name, their names by folder
+        name_of = {new: source.class_names[old] for old, new in zip(source.labels, labels, strict=True)}
+        source.labels = labels
+        source.class_names = [name_of.get(k, f"class {k + 1}") for k in range(max(195, *labels) + 1)]
+    return source
+
+
+def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
+    """The folder of Stanford Cars' images, and the folders in which names.csv and devkit/ may lie; else UserError."""
+    root = root.absolute()
+    parts = [
+        f"cars_{split}/cars_{split}",
+        f"cars_{split}",
+        f"car_data/car_data/{split}",
+        f"car_data/{split}",
+        split,
+    ]
+    bases = [root] + [f for f in class_folders(root) if "car" in f.name.lower()]
+    bases += [root.parent] if root.name in parts else []  # --data-root may name the images' own folder
+    looked_at = [base / part for base in bases for part in parts]
+    for images in looked_at:
+        if image_files(images) or labelled_folders(images).images:
+            return images, [images, *images.parents][:5]
+    shown = "\n".join(f"  {p}" for p in looked_at)
+    raise UserError(f"no Stanford Cars ({split} split) under {root}; looked at\n{shown}\n{CARS_TREES}")
+
+
+def car_key(name: str) -> str:
+    """A class name as it can be compared: "Ram C/V" is the folder "Ram C-V", for a folder name holds no slash."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def car_names(near: list[Path]) -> list[str] | None:
+    """The 196 class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat; None without either."""
+    for folder_ in near:
+        if (folder_ / "names.csv").is_file():
+            lines = (folder_ / "names.csv").read_text(encoding="utf-8-sig").splitlines()
+            return [line.strip().strip('"') for line in lines if line.strip()]
+    meta = car_devkit_file(near, "cars_meta.mat")
+    if meta is None:
+        return None
+    mat = read_mat(meta)
+    return [str(name) for name in mat["class_names"]] if mat else None
+
+
+def car_devkit_file(near: list[Path], name: str) -> Path | None:
+    places = [folder_ / kit / name for folder_ in near for kit in ("devkit", "car_devkit/devkit", "")]
+    return next((p for p in places if p.is_file()), None)
+
+
+def read_mat(path: Path) -> dict | None:
+    """A MATLAB file, or None without scipy."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        print(f"note: {path.name} was not read: that takes `pip install scipy`", file=sys.stderr)
+        return None
+    return loadmat(str(path), squeeze_me=True)
+
+
+def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | None:
+    """0-based official class numbers by file name, from anno_*.csv, train_perfect_preds.txt or the devkit's .mat; or None."""
+    annotations = next((f / f"anno_{split}.csv" for f in near if (f / f"anno_{split}.csv").is_file()), None)
+    perfect = car_devkit_file(near, "train_perfect_preds.txt") if split == "train" else None
+    mat_name = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+    if annotations:  # file name, box, class number from 1
+        with open(annotations, newline="", encoding="utf-8-sig") as file:
+            number_of = {
+                row[0]: int(row[-1]) for row in csv.reader(file) if row and row[-1].strip().isdigit()
+            }
+    elif perfect:  # line i is the class of image i
+        number_of = {f"{i:05d}.jpg": int(k) for i, k in enumerate(perfect.read_text().split(), start=1)}
+    elif (path := car_devkit_file(near, mat_name)) and (mat := read_mat(path)):
+        number_of = {str(row["fname"]): int(row["class"]) for row in mat["annotations"]}
+    else:
+        return None
+    unknown = [p for p in files if p.name not in number_of]
+    if unknown:
+        raise UserError(
+            f"{unknown[0]} and {len(unknown) - 1} more have no class in {annotations or perfect or path}: move them away"
+        )
+    return [number_of[p.name] - 1 for p in files]
+
+
+DATASETS: dict[str, Callable[[Path, str], Source]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+    "imagenette": imagenette,
+    "stanfordcars": stanfordcars,
+    "folder": folder,
+}
+
+
+def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray:
+    """One image, upright, on white, short side scaled to `size` and center-cropped; -> (C, size, size) uint8.
+
+    Raises OSError, ValueError or what else Pillow raises on a file that is no image.
+    """
+    picture = (
+        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image, formats=IMAGE_FORMATS)
+    )
+    with picture:
+        picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith(
+            ("I", "F")
+        ):  # 16 bits (or 32) a pixel: Pillow's own conversion would clip at 255
+            values = np.asarray(picture).astype(np.float64)
+            scale = 255 / 65535 if picture.mode.startswith("I") else (255 if values.max() <= 1 else 1)
+            picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+        if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB" if channels == 3 else "L")
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every image of a source by `read_image`; -> (M, C, size, size) uint8 and the positions (M,) of those that could be read."""
+
+    def try_read(image: Path | np.ndarray) -> np.ndarray | None:
+        try:
+            return read_image(image, size, channels)
+        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
+            return None  # all that Pillow raises on broken files
+
+    images = np.empty((len(source.images), channels, size, size), np.uint8)
+    kept = []
+    with ThreadPoolExecutor(workers) as pool:  # threads: Pillow decodes and resizes outside Python's lock
+        decoded = pool.map(try_read, source.images)
+        for i, image in enumerate(
+            tqdm(decoded, "decoding images", len(source.images), unit="img", leave=False)
+        ):
+            if image is not None:
+                images[len(kept)] = image
+                kept.append(i)
+    return images[: len(kept)], np.array(kept, dtype=np.int64)
+
+
+def fingerprint(source: Source) -> str:
+    """What the pixels are made from: names, sizes and times of the files, or the array itself, hashed."""
+    digest = hashlib.sha256(b"1")  # raise this number when read_image changes what it returns
+    if isinstance(source.images, np.ndarray):
+        digest.update(f"{source.images.shape}".encode() + np.ascontiguousarray(source.images).tobytes())
+    else:
+        for path in source.images:
+            try:
+                stat = path.stat()
+                made = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            except OSError:  # listed in metadata.jsonl, but not there
+                made = None
+            digest.update(f"{os.path.relpath(path, source.root)} {made}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def cached_decode(
+    source: Source, cache_file: Path, size: int, channels: int, workers: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `decode` returns, from `cache_file` where it is there and whole, else decoded and written there."""
+    try:
+        with np.load(cache_file, allow_pickle=False) as file:
+            return file["images"], file["kept"]
+    except FileNotFoundError:
+        pass
+    except Exception:  # cut short or damaged, in one of zipfile's many ways: it is made anew
+        print(f"note: {cache_file} is damaged and is made anew", file=sys.stderr)
+    images, kept = decode(source, size, channels, workers)
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache_file) as file:
+            np.savez(file, images=images, kept=kept)
+    except OSError as error:
+        print(f"note: the decoded images were not cached in {cache_file}: {error.strerror}", file=sys.stderr)
+    return images, kept
+
+
+def get_data(
+    dataset: str,
+    data_root: str | Path = "data",
+    split: str = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    cache_dir: str | Path = "data/cache",
+) -> Data:
+    """A data set of DATASETS as one array, decoded and resized once and cached on disk; `limit`: that many of a fixed shuffle.
+
+    Raises UserError where there is no such data set, split or folder, or no image in it can be read.
+    """
+    if dataset not in DATASETS:
+        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    source = DATASETS[dataset](Path(data_root), split)
+    if limit is not None:
+        source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
+    size, channels = image_size or source.image_size, channels or source.channels
+
+    colour = "rgb" if channels == 3 else "gray"
+    cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{fingerprint(source)}.npz"
+    images, kept = cached_decode(source, cache_file, size, channels, workers or os.cpu_count() or 1)
+    skipped = sorted(set(range(len(source.images))) - set(kept.tolist()))
+    skipped = [str(source.images[i]) for i in skipped]
+    if skipped:
+        print(f"note: {len(skipped)} unreadable images were skipped:", *skipped, sep="\n  ", file=sys.stderr)
+    if not len(images):
+        raise UserError(f"none of the {len(skipped)} images of {dataset} under {data_root} can be read")
+    source = subset(source, kept)
+    labels = None if source.labels is None else torch.tensor(source.labels)
+    return Data(torch.from_numpy(images), labels, source.class_names, source.captions, source.flip, skipped)
+
+
+def subset(source: Source, index: np.ndarray) -> Source:
+    """The images of a source at the positions `index`, with their labels or captions."""
+
+    def take(values):
+        if values is None or isinstance(values, np.ndarray):
+            return values if values is None else values[index]
+        return [values[i] for i in index]
+
+    return replace(
+        source, images=take(source.images), labels=take(source.labels), captions=take(source.captions)
+    )
+
+
+class Loader:
+    """Batches of a data set, sliced from its one array: no Python runs per image.
+
+    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch of any
+    epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,  # (N, C, H, W) uint8
+        batch_size: int,
+        device: str | torch.device = "cpu",
+        y: torch.Tensor | None = None,
+        flip: bool = False,
+        seed: int = 0,
+    ):
+        self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
+        # Up to 4 GB the whole set lives where the network does; a larger one is sent over batch by batch.
+        self.images = images.to(self.device) if images.numel() <= 4e9 else images
+        self.y = None if y is None else y.to(self.images.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch; the last may be smaller."""
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The batches of an epoch from number `start` on: x_0 (B, C, H, W) float32 in [-1, 1], and y (B, ...) or None."""
+        generator = seeded_generator(self.seed, epoch)
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
+        for i in range(start, len(self)):
+            index = order[i * self.batch_size : (i + 1) * self.batch_size]
+            x_0 = self.images[index]
+            if self.flip:
+                x_0 = torch.where(mirrored[index, None, None, None], x_0.flip(-1), x_0)
+            x_0 = x_0.to(self.device, non_blocking=True).float() / 127.5 - 1
+            yield x_0, None if self.y is None else self.y[index].to(self.device, non_blocking=True)
+
+
+def seeded_generator(*seed: int) -> torch.Generator:
+    """A CPU generator whose stream depends on all the numbers given; (0, 1) and (1, 0) give different ones."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: nothing that is there is overwritten, save by a whole new version of itself.
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` at the end, in one step: at any moment `path` is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def new_path(path: Path) -> Path:
+    """`path`, or where that is taken, the first of `path_2`, `path_3`, ... that is free (the suffix stays at the end)."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.stem}_{number}{path.suffix}"), number + 1
+    return candidate
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint in one step; where that fails (OSError) the previous one is still there, whole."""
+    buffer = io.BytesIO()  # torch.save straight to a full disk may abort the process
+    torch.save(checkpoint, buffer)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def load_checkpoint(path: str | Path, kind: str) -> dict:
+    """Read a run's checkpoint (its folder, or the file) of the kind wanted onto the CPU, never running code from it.
+
+    Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
+    """
+    path = checkpoint_file(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
+        why = (
+            "it holds Python objects, which could run code" if unsafe else "it is damaged or no PyTorch file"
+        )
+        raise UserError(
+            f"checkpoint {path} was not loaded: {why}; use a ckpt.pt that this project wrote"
+        ) from None
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
+    if checkpoint["kind"] != kind:
+        raise UserError(
+            f"{path} is a checkpoint of kind {checkpoint['kind']!r}; a {kind!r} one is needed here"
+        )
+    return checkpoint
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The ckpt.pt that a run's folder, or the file itself, names; UserError where there is none."""
+    path = Path(path)
+    file = path / "ckpt.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt"
+        )
+    return file
+
+
+def to_uint8(x: torch.Tensor) -> np.ndarray:
+    """Images in [-1, 1] (B, C, H, W) -> rounded to uint8 (B, H, W, C) on the CPU."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_pictures(x: torch.Tensor) -> list[Image.Image]:
+    """Images in [-1, 1] (B, C, H, W) -> B Pillow images, gray where C = 1."""
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in to_uint8(x)]
+
+
+def make_grid(x: torch.Tensor, caption: str = "", columns: int | None = None) -> Image.Image:
+    """Images in [-1, 1] (B, C, H, W) side by side, about square unless `columns` is given, under a caption.
+
+    Small images are enlarged by a whole number, so that their pixels can be seen.
+    """
+    columns = columns or math.ceil(len(x) ** 0.5)
+    rows, gap = math.ceil(len(x) / columns), 2
+    height, width = x.shape[-2:]
+    zoom = max(1, round(64 / max(height, width)))
+    cell_w, cell_h = width * zoom + gap, height * zoom + gap
+    lines = wrap(caption, columns * cell_w - 2 * gap)
+    top = gap + 16 * len(lines)
+    grid = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + top + (gap if lines else 0)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(grid).text((2 * gap, gap + 16 * i), line, "black", font())
+    for i, picture in enumerate(to_pictures(x)):
+        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        grid.paste(picture, (gap + i % columns * cell_w, top + i // columns * cell_h))
+    return grid
+
+
+def font() -> ImageFont.ImageFont:
+    return ImageFont.load_default()
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font().getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_picture(picture: Image.Image, path: Path, **options) -> Path:
+    """Write a Pillow image in one step, in the format of its suffix; -> the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        picture.save(file, format=path.suffix[1:].upper(), **options)
+    return path
+
+
+def save_animation(frames: list[Image.Image], path: Path) -> Path:
+    """Write Pillow images of one size as a GIF that plays in about four seconds and rests on its last; -> the path."""
+    durations = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
+    return save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command-line plumbing
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """ "auto" -> the fastest that is there of cuda, mps, cpu; UserError where the one asked for is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind, _, index = name.partition(":")
+    if kind not in available or (index and not index.isdigit()):
+        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
+    if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"device {name!r} is not available on this machine: use --device auto or cpu")
+    return torch.device(name)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One flag a line with its default, wide enough to read."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, argparse.SUPPRESS, False) or "default" in action.help:
+            return action.help
+        default = (
+            " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
+        )
+        return f"{action.help} (default: {default})"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in its help, and a note in the result of which flags were really typed (`args.typed`)."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
+        namespace = super().parse_args(args)
+        defaults = {action.dest: action.default for action in self._actions}
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        namespace.typed = set(vars(super().parse_args(args)))
+        for action in self._actions:
+            action.default = defaults[action.dest]
+        return namespace
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of the kind `int` or `float` in [low, high], or with `above` in (low, high]."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+                return value
+        except ValueError:
+            pass
+        name = "a whole number" if kind is int else "a number"
+        span = f"above {low:g}" if above else f"of at least {low:g}"
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected {name} {span}" + (f", at most {high:g}" if high < math.inf else "")
+        )
+
+    return parse
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(f"{name}: error: {error}"))
+    except torch.OutOfMemoryError:
+        sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(fail(f"{name}: error: {error.strerror or error}{where}"))
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
