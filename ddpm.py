@@ -410,10 +410,13 @@ def random_states(generator: torch.Generator) -> dict:
 def restore(
     checkpoint: dict, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, generator
 ) -> None:
-    """Put a checkpoint's weights, optimizer and random states in place."""
-    net.load_state_dict(checkpoint["net"])
-    ema.net.load_state_dict(checkpoint["ema"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    """Put a checkpoint's weights, optimizer and random states in place; UserError where they do not fit the network."""
+    try:
+        net.load_state_dict(checkpoint["net"])
+        ema.net.load_state_dict(checkpoint["ema"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint does not fit this network: {str(error).splitlines()[0]}") from None
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
@@ -532,10 +535,10 @@ def train(
             loss_sum = 0.0
             if (epoch + 1) % save_every == 0 or epoch + 1 == epochs or stop.is_set():
                 save()
-            if preview and ((epoch + 1) % preview_every == 0 or epoch + 1 == epochs) and not stop.is_set():
-                preview(ema.net, epoch + 1)
             if stop.is_set() and epoch + 1 < epochs:
                 raise Stopped
+            if preview and ((epoch + 1) % preview_every == 0 or epoch + 1 == epochs):
+                preview(ema.net, epoch + 1)
     return ema
 
 
@@ -593,192 +596,121 @@ def real(low: float, high: float = math.inf, above: bool = False) -> Callable[[s
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
-    group.add_argument(
-        "--data-root", default="data", metavar="DIR", help="where the data set is, or is downloaded to"
-    )
-    group.add_argument(
-        "--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)"
-    )
-    group.add_argument("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
-    group.add_argument(
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    add("--data-root", default="data", metavar="DIR", help="where the data set is, or is downloaded to")
+    add("--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)")
+    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
+    add(
         "--limit", type=whole(1), metavar="N", help="use the first N images of a fixed shuffle (default: all)"
     )
-    group.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        help="mirror half of the images at random (default: yes, save for digits and captions)",
-    )
-    group.add_argument(
-        "--workers", type=whole(1), metavar="N", help="threads that decode images (default: one per core)"
-    )
-    group.add_argument(
-        "--cache-dir", default="data/cache", metavar="DIR", help="where decoded images are kept"
-    )
+    mirror = "mirror images at random, one in two (default: yes, save for digits and captions)"
+    add("--flip", action=argparse.BooleanOptionalAction, help=mirror)
+    add("--workers", type=whole(1), metavar="N", help="threads that decode images (default: one per core)")
+    add("--cache-dir", default="data/cache", metavar="DIR", help="where decoded images are kept")
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("network (defaults: by image size)")
-    group.add_argument("--width", type=whole(4), metavar="N", help="channels at full resolution")
-    group.add_argument(
-        "--multipliers", type=whole(1), nargs="+", metavar="M", help="of the width, one for each level"
+    add = parser.add_argument_group("network (defaults: by image size)").add_argument
+    add("--width", type=whole(4), metavar="N", help="channels at full resolution")
+    add("--multipliers", type=whole(1), nargs="+", metavar="M", help="of the width, one for each level")
+    add("--blocks", type=whole(1), metavar="N", help="residual blocks in each level")
+    add(
+        "--attention",
+        type=int,
+        nargs="*",
+        metavar="LEVEL",
+        help="levels with attention; 1 is half resolution",
     )
-    group.add_argument("--blocks", type=whole(1), metavar="N", help="residual blocks in each level")
-    group.add_argument(
-        "--attention", type=int, nargs="*", metavar="LEVEL", help="levels with attention, 1 = half resolution"
-    )
-    group.add_argument(
-        "--dropout",
-        type=real(0, 1),
-        default=0.0,
-        metavar="P",
-        help="probability of dropping a feature (default: 0)",
-    )
+    add("--dropout", type=real(0, 1), default=0.0, metavar="P", help="probability of dropping a feature")
 
 
 def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("diffusion")
-    group.add_argument("--noise-steps", type=whole(2), default=1000, metavar="T", help="noise levels, T")
-    group.add_argument(
+    add = parser.add_argument_group("diffusion").add_argument
+    add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
+    add(
         "--schedule",
         choices=list(SCHEDULES),
         default="linear",
-        help="of the noise: " + ", ".join(SCHEDULES),
+        help="of the noise: %(choices)s",
         metavar="NAME",
     )
-    group.add_argument(
-        "--prediction",
-        choices=list(PLAIN_MSE),
-        default="eps",
-        help="what the network predicts: eps, x_0, v",
-        metavar="NAME",
-    )
-    group.add_argument(
-        "--weighting",
-        choices=list(WEIGHTINGS),
-        metavar="NAME",
-        help=f"of the noise levels in the loss: {', '.join(WEIGHTINGS)} (default: plain MSE on the prediction)",
-    )
-    group.add_argument(
-        "--p2-gamma", type=real(0), default=1.0, metavar="G", help="--weighting p2: 1 / (k + snr)^gamma"
-    )
-    group.add_argument(
-        "--p2-k", type=real(0, above=True), default=1.0, metavar="K", help="--weighting p2: its k"
-    )
-    group.add_argument(
-        "--min-snr-gamma",
-        type=real(0, above=True),
-        default=5.0,
+    predicted = "what the network predicts: %(choices)s"
+    add("--prediction", choices=list(PLAIN_MSE), default="eps", help=predicted, metavar="NAME")
+    weighted = "of the noise levels in the loss: %(choices)s (default: plain MSE on the prediction)"
+    add("--weighting", choices=list(WEIGHTINGS), help=weighted, metavar="NAME")
+    add(
+        "--p2-gamma",
+        type=real(0),
+        default=1.0,
         metavar="G",
-        help="--weighting min_snr: where snr is cut off",
+        help="--weighting p2: gamma of 1 / (k + snr)^gamma",
     )
+    add("--p2-k", type=real(0, above=True), default=1.0, metavar="K", help="--weighting p2: k of the same")
+    cut = "--weighting min_snr: where snr is cut off"
+    add("--min-snr-gamma", type=real(0, above=True), default=5.0, metavar="G", help=cut)
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--epochs", type=whole(1), metavar="N", help="passes over the data (default: 25 for digits, else 80)"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=whole(1),
-        metavar="N",
-        help="images in a step, or sampled at once (default: by image size)",
-    )
-    group.add_argument(
-        "--lr",
-        type=real(0, above=True),
-        metavar="RATE",
-        help="peak learning rate of AdamW (default: by image size)",
-    )
-    group.add_argument(
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 25 for digits, else 80)")
+    batch = "in one step, or sampled at once (default: by image size)"
+    add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
+    rate = "peak learning rate of AdamW (default: by image size)"
+    add("--lr", type=real(0, above=True), metavar="RATE", help=rate)
+    add(
         "--warmup",
         type=whole(0),
         default=200,
         metavar="STEPS",
-        help="steps to reach it, at most a tenth of the run",
+        help="to the peak, at most a tenth of the run",
     )
-    group.add_argument("--weight-decay", type=real(0), default=0.01, metavar="RATE", help="of AdamW")
-    group.add_argument(
+    add("--weight-decay", type=real(0), default=0.01, metavar="RATE", help="of AdamW")
+    add(
         "--clip-grad",
         type=real(0, above=True),
         default=1.0,
         metavar="NORM",
-        help="largest norm of the gradient",
+        help="largest norm of a gradient",
     )
-    group.add_argument(
-        "--ema-decay", type=real(0, 1), default=0.999, metavar="D", help="of the averaged weights, per step"
-    )
-    group.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is faster"
-    )
-    group.add_argument(
-        "--compile", action="store_true", help="torch.compile the network: slower to start, then faster"
-    )
-    group.add_argument(
-        "--preview-every",
-        type=whole(1),
-        metavar="EPOCHS",
-        help="between two sample grids (default: an eighth of the run)",
-    )
-    group.add_argument(
-        "--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between two checkpoints"
-    )
-    group.add_argument(
-        "--name", metavar="NAME", help="of the run's folder (default: the script and the data set)"
-    )
-    group.add_argument("--runs", default="runs", metavar="DIR", help="where run folders are made")
-    group.add_argument(
-        "--resume", metavar="RUN", help="go on with an interrupted run (its folder), with its settings"
-    )
+    add("--ema-decay", type=real(0, 1), default=0.999, metavar="D", help="of the averaged weights, per step")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is faster")
+    add("--compile", action="store_true", help="torch.compile the network: slower to start, then faster")
+    grids = "between two sample grids (default: an eighth of the run)"
+    add("--preview-every", type=whole(1), metavar="EPOCHS", help=grids)
+    add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between two checkpoints")
+    add("--name", metavar="NAME", help="of the run's folder (default: the script and the data set)")
+    add("--runs", default="runs", metavar="DIR", help="where run folders are made")
+    add("--resume", metavar="RUN", help="go on with an interrupted run (its folder), with its settings")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling (sampler, steps and clipping also serve the previews)")
-    group.add_argument(
-        "--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training"
-    )
-    group.add_argument("--checkpoint", metavar="RUN", help="a run's folder or its ckpt.pt, for --sample")
-    group.add_argument(
-        "--sampler",
-        choices=list(SAMPLERS),
-        default="ddim",
-        metavar="NAME",
-        help=f"one of {', '.join(SAMPLERS)}",
-    )
-    group.add_argument(
-        "--sample-steps", type=whole(1), default=50, metavar="N", help="strides from t = T to 0"
-    )
-    group.add_argument(
+    group = "sampling (the sampler, its options and the clipping also serve the previews)"
+    add = parser.add_argument_group(group).add_argument
+    add("--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training")
+    add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or its ckpt.pt")
+    add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help="one of %(choices)s")
+    add("--sample-steps", type=whole(1), default=50, metavar="N", help="strides from t = T to 0")
+    add(
         "--eta",
         type=real(0, 1),
         default=0.0,
         metavar="E",
-        help="--sampler ddim: 0 deterministic to 1 DDPM (default: 0)",
+        help="--sampler ddim: 0 deterministic, to 1 as DDPM",
     )
-    group.add_argument(
-        "--variance", choices=["posterior", "beta"], default="posterior", help="--sampler ddpm: sigma_t^2"
-    )
-    group.add_argument(
-        "--runge-kutta", action="store_true", help="--sampler pndm: start with three Runge-Kutta strides"
-    )
-    group.add_argument(
-        "--clip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="clip x_0 to [-1, 1] at each step (default: yes)",
-    )
-    group.add_argument(
-        "--out", metavar="DIR", help="also write one PNG an image there, as tools that compute FID read them"
-    )
-    group.add_argument("--animate", action="store_true", help="also write a GIF of the denoising")
+    noise = "--sampler ddpm: sigma_t^2, posterior or beta"
+    add("--variance", choices=["posterior", "beta"], default="posterior", metavar="NAME", help=noise)
+    add("--runge-kutta", action="store_true", help="--sampler pndm: start with three Runge-Kutta strides")
+    clip = "clip x_0 to [-1, 1] at each stride (default: yes)"
+    add("--clip", action=argparse.BooleanOptionalAction, default=True, help=clip)
+    add("--out", metavar="DIR", help="--sample: also write one PNG per image there, as FID tools read them")
+    add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    group.add_argument("--seed", type=whole(0), default=0, help="of every random draw")
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--seed", type=whole(0), default=0, help="of every random draw")
 
 
 SAMPLER_FLAGS = {
@@ -787,7 +719,8 @@ SAMPLER_FLAGS = {
     "runge_kutta": "pndm",
 }  # flag -> the one sampler that takes it
 FREE_ON_RESUME = {  # flags that may change when a run is resumed: none shapes the network, the data or the loss
-    *("resume", "epochs", "data_root", "cache_dir", "workers", "device", "preview_every", "save_every"),
+    *("resume", "epochs", "data_root", "cache_dir", "workers", "device", "precision", "compile"),
+    *("preview_every", "save_every"),
     *("sampler", "sample_steps", "eta", "variance", "runge_kutta", "clip", "typed"),
 }
 FOR_SAMPLING = {  # flags that mean something beside --sample: the rest comes from the checkpoint
@@ -845,37 +778,35 @@ def merge_config(args: argparse.Namespace, config: dict) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **config, **typed, "typed": args.typed, "resume": args.resume})
 
 
-def fill_defaults(args: argparse.Namespace, data: utils.Data) -> None:
-    """Settle what depends on the data set: image size, channels, network, epochs; UserError if a size does not fit."""
-    args.channels, args.image_size = data.images.shape[1], data.images.shape[2]
+def fill_network_defaults(args: argparse.Namespace) -> None:
+    """Settle the network and its training for args.image_size; UserError if the size does not fit the network."""
+    if args.attention is None and args.multipliers is not None:
+        args.attention = [len(args.multipliers) - 1] if len(args.multipliers) > 1 else []
     for dest, value in unet_defaults(args.image_size).items():
         if getattr(args, dest) is None:
             setattr(args, dest, value)
-    levels = len(args.multipliers)
-    if "attention" not in args.typed and "multipliers" in args.typed:
-        args.attention = [levels - 1] if levels > 1 else []
-    if args.epochs is None:
-        args.epochs = 25 if args.dataset == "digits" else 80
-    if args.preview_every is None:
-        args.preview_every = max(1, args.epochs // 8)
-    if args.flip is None:
-        args.flip = data.flip
-    if args.batch_size > len(data.images):
-        print(
-            f"note: --batch-size {args.batch_size} is larger than the data set: every batch is all {len(data.images)} images",
-            file=sys.stderr,
-        )
-        args.batch_size = len(data.images)
-    check_divisible(args.image_size, 2 ** (levels - 1))
-
-
-def check_divisible(image_size: int, divisor: int) -> None:
-    if image_size % divisor:
-        below = image_size // divisor * divisor
+    divisor = 2 ** (len(args.multipliers) - 1)
+    if args.image_size % divisor:
+        below = args.image_size // divisor * divisor
         near = f"{below} or {below + divisor}" if below else f"{divisor}"
         raise UserError(
-            f"--image-size {image_size} is not divisible by {divisor}, as this network needs: try {near}"
+            f"--image-size {args.image_size} is not divisible by {divisor}, as a network of "
+            f"{len(args.multipliers)} levels needs: try {near}"
         )
+
+
+def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
+    """Settle what depends on the data set: channels, epochs, flips; a note where the batch is larger than the set."""
+    args.channels = data.images.shape[1]
+    args.flip = data.flip if args.flip is None else args.flip
+    args.epochs = args.epochs or (25 if args.dataset == "digits" else 80)
+    args.preview_every = args.preview_every or max(1, args.epochs // 8)
+    if args.batch_size > len(data.images):
+        print(
+            f"note: --batch-size {args.batch_size}: the data set has only {len(data.images)} images, ", end=""
+        )
+        print("which are the batch")
+        args.batch_size = len(data.images)
 
 
 def make_net(config: dict) -> UNet:
@@ -959,6 +890,8 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     resume = utils.load_checkpoint(args.resume, kind) if args.resume else None
     if resume:
         args = merge_config(args, resume["config"])
+    if args.image_size:
+        fill_network_defaults(args)  # an image size that does not fit is told before the images are decoded
     data = utils.get_data(
         args.dataset,
         args.data_root,
@@ -969,7 +902,9 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
         args.workers,
         args.cache_dir,
     )
-    fill_defaults(args, data)
+    args.image_size = data.images.shape[2]
+    fill_network_defaults(args)
+    fill_data_defaults(args, data)
     check_steps(args, args.noise_steps)
     config = {
         key: value
@@ -1030,8 +965,9 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
             file=sys.stderr,
         )
         sys.exit(130)
-    newest = max((run / "samples").glob("epoch_*.png"))
-    print(f"samples     {newest}\nlog         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}")
+    print(
+        f"samples     {run / 'samples' / f'epoch_{args.epochs:04d}.png'}\nlog         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}"
+    )
     print(f"sample more: python {Path(sys.argv[0]).name} --sample 64 --checkpoint {run}")
 
 

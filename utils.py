@@ -644,11 +644,17 @@ def new_path(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint in one step; where that fails (OSError) the previous one is still there, whole."""
+    """Write a checkpoint in one step; UserError where that fails, and the previous one is still there, whole."""
     buffer = io.BytesIO()  # torch.save straight to a full disk may abort the process
     torch.save(checkpoint, buffer)
-    with replacing(path) as file:
-        file.write(buffer.getbuffer())
+    try:
+        with replacing(path) as file:
+            file.write(buffer.getbuffer())
+    except OSError as error:
+        left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
+        raise UserError(
+            f"can't write {path}: {error.strerror}; {left}: make room, or choose another --runs"
+        ) from None
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
@@ -773,7 +779,7 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, argparse.SUPPRESS, False) or "default" in action.help:
+        if action.default is None or action.default is False or "default" in action.help:
             return action.help
         default = (
             " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
@@ -828,7 +834,9 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        sys.exit(fail(f"{name}: error: {error.strerror or error}{where}"))
+        sys.exit(
+            fail(f"{name}: error: {error.strerror or error}{where} (is there room, and may you write there?)")
+        )
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
