@@ -1,24 +1,22 @@
-"""Denoising diffusion from scratch: the mathematics, the losses, the samplers, the training loop, the command line.
+"""Denoising diffusion from scratch: the mathematics, the losses, the samplers, the training loop, the command
+line.
 
-Read it from top to bottom with the papers open: DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), DDIM (Song et
-al. 2021, https://arxiv.org/abs/2010.02502), PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778) and DPM-Solver++
-(Lu et al. 2022, https://arxiv.org/abs/2211.01095). t runs 1..T as in DDPM; alpha_bar[0] = 1 is the clean image.
+Read it from top to bottom with the papers open: DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), DDIM
+(Song et al. 2021, https://arxiv.org/abs/2010.02502), PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778)
+and DPM-Solver++ (Lu et al. 2022, https://arxiv.org/abs/2211.01095). t runs 1..T as in DDPM; alpha_bar[0] = 1
+is the clean image.
 
-    python ddpm.py                                                 train on the embedded digits, then look at runs/
-    python ddpm.py --epochs 80 --dataset stanfordcars              train on Stanford Cars
-    python ddpm.py --sample 64 --checkpoint runs/ddpm_digits       sample from what was trained
+python ddpm.py                                                 train on the embedded digits, then look at
+runs/ python ddpm.py --epochs 80 --dataset stanfordcars              train on Stanford Cars python ddpm.py
+--sample 64 --checkpoint runs/ddpm_digits       sample from what was trained
 """
 
 import argparse
-import csv
 import json
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +27,7 @@ from tqdm import tqdm
 
 import utils
 from modules import EMA, UNet
-from utils import DATASETS, SCHEDULES, UserError
+from utils import SCHEDULES, Loader, Stopped, UserError, flag, real, whole
 
 Denoiser = Callable[
     [Tensor, Tensor], Tensor
@@ -40,7 +38,8 @@ Generators = torch.Generator | Sequence[torch.Generator] | None  # one, or one f
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """Standard normal noise shaped as x (B, ...), drawn where the generator lives and moved to x.
 
-    With a list of generators image i draws from generator i alone, so it does not matter what else is in its batch.
+    With a list of generators image i draws from generator i alone, so it does not matter what else is in its
+    batch.
     """
     if isinstance(generator, Sequence):
         return torch.cat([randn_like(x[i : i + 1], g) for i, g in enumerate(generator)])
@@ -48,7 +47,7 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # How much each noise level counts: w(snr), the weight of the squared error of eps.
 
 
@@ -58,7 +57,9 @@ def simple(snr: Tensor) -> Tensor:
 
 
 def p2(snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """w = 1 / (k + snr)^gamma: less for the levels of little noise, which only clean up (P2, Choi et al. 2022)."""
+    """w = 1 / (k + snr)^gamma: less for the levels of little noise, which only clean up (P2, Choi et al.
+    2022).
+    """
     return 1 / (k + snr) ** gamma
 
 
@@ -82,10 +83,12 @@ PLAIN_MSE = {"eps": simple, "x_0": mse_x_0, "v": mse_v}  # for each prediction: 
 
 
 class Diffusion:
-    """The forward process q(x_t | x_0), what a network is trained to predict, and how its output is turned into eps.
+    """The forward process q(x_t | x_0), what a network is trained to predict, and how its output is turned
+    into eps.
 
-    `alpha_bar` (T+1,) float64 on the CPU; `prediction` is what the network's output means: "eps", "x_0" or "v";
-    `weighting` is a name in WEIGHTINGS or any w(snr), None being plain MSE on what is predicted. ValueError for T < 2.
+    `alpha_bar` (T+1,) float64 on the CPU; `prediction` is what the network's output means: "eps", "x_0" or
+    "v"; `weighting` is a name in WEIGHTINGS or any w(snr), None being plain MSE on what is predicted.
+    ValueError for T < 2.
     """
 
     def __init__(
@@ -106,7 +109,8 @@ class Diffusion:
 
         snr = self.alpha_bar[1:] / (1 - self.alpha_bar[1:])  # (T,)
         w = PLAIN_MSE[prediction] if weighting is None else WEIGHTINGS.get(weighting, weighting)
-        # error of eps = snr x error of x_0 = alpha_bar x error of v, all squared: w for eps becomes that for the output
+        # error of eps = snr x error of x_0 = alpha_bar x error of v, all squared: w for eps becomes that for
+        # the output
         factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
         self.tables = {
             "signal": self.alpha_bar.sqrt(),
@@ -133,7 +137,9 @@ class Diffusion:
         return signal * x_0 + noise * eps, eps  # DDPM, eq. 4, reparameterised: N(sqrt(ab) x_0, (1 - ab) I)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should have said: eps, x_0, or v = sqrt(ab) eps - sqrt(1 - ab) x_0 (Salimans & Ho 2022)."""
+        """What the network should have said: eps, x_0, or v = sqrt(ab) eps - sqrt(1 - ab) x_0 (Salimans & Ho
+        2022).
+        """
         signal, noise = self.scales(t, x_0)
         return {"eps": eps, "x_0": x_0, "v": signal * eps - noise * x_0}[self.prediction]
 
@@ -142,7 +148,8 @@ class Diffusion:
     ) -> tuple[Tensor, Tensor]:
         """The (x_0, eps) that x_t is made of if the network's output `out`, an eps, x_0 or v, is right.
 
-        Solves x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps for what `out` leaves open. `prediction` defaults to the network's.
+        Solves x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps for what `out` leaves open. `prediction` defaults to the
+        network's.
         """
         signal, noise = self.scales(t, x_t)
         prediction = prediction or self.prediction
@@ -164,7 +171,9 @@ class Diffusion:
     def loss(
         self, net: torch.nn.Module, x_0: Tensor, y: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """The weighted squared error of the network on one batch x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
+        """The weighted squared error of the network on one batch x_0 (B, C, H, W); -> scalar (DDPM, Algorithm
+        1).
+        """
         # Start: training step (DDPM, Algorithm 1)
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(
@@ -185,13 +194,17 @@ class Diffusion:
         return torch.randint(1, self.T + 1, (len(x_0),), generator=generator, device=device).to(x_0.device)
 
     def timesteps(self, steps: int) -> list[int]:
-        """[T, ..., 0] in `steps` strides as equal as whole numbers allow, steps + 1 entries; ValueError if not 1..T."""
+        """[T, ..., 0] in `steps` strides as equal as whole numbers allow, steps + 1 entries; ValueError if
+        not 1..T.
+        """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
         return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
 
     def strides(self, x: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[Tensor, float, float]]:
-        """For each stride t -> s of a list of timesteps: t (B,) as networks want it, alpha_bar_t and alpha_bar_s."""
+        """For each stride t -> s of a list of timesteps: t (B,) as networks want it, alpha_bar_t and
+        alpha_bar_s.
+        """
         for t, s in pairwise(timesteps):
             yield (
                 torch.full((len(x),), t, device=x.device),
@@ -200,9 +213,10 @@ class Diffusion:
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers: sampler(diffusion, eps_theta, x, timesteps, generator=None) -> x. They see a denoiser and a decreasing list
-# of timesteps, nothing else; one that ends above 0 leaves x_t at that noise level, for another sampler to go on from.
+# ------------------------------------------------------------------------------------------------------------
+# Samplers: sampler(diffusion, eps_theta, x, timesteps, generator=None) -> x. They see a denoiser and a
+# decreasing list of timesteps, nothing else; one that ends above 0 leaves x_t at that noise level, for
+# another sampler to go on from.
 
 
 @torch.no_grad()
@@ -216,8 +230,9 @@ def ddpm(
 ) -> Tensor:
     """Ancestral sampling, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Ho et al. 2020, Algorithm 2).
 
-    variance: sigma_t^2 = "beta", or the "posterior" beta_tilde = (1 - ab_s) / (1 - ab_t) beta (eq. 7), which is the
-    better one when a stride t -> s skips steps; beta_t and alpha_t are then those of the stride, alpha_t = ab_t / ab_s.
+    variance: sigma_t^2 = "beta", or the "posterior" beta_tilde = (1 - ab_s) / (1 - ab_t) beta (eq. 7), which
+    is the better one when a stride t -> s skips steps; beta_t and alpha_t are then those of the stride,
+    alpha_t = ab_t / ab_s.
     """
     # Start: DDPM sampling (Algorithm 2)
     for t, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for t = T, ..., 1
@@ -232,7 +247,9 @@ def ddpm(
 
 
 def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float = 0.0) -> Tensor:
-    """From x_t to x_s (less its fresh noise), if eps is the noise in x_t (DDIM, eq. 12; PNDM's transfer part)."""
+    """From x_t to x_s (less its fresh noise), if eps is the noise in x_t (DDIM, eq. 12; PNDM's transfer
+    part).
+    """
     x_0 = (x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5  # "predicted x_0"
     return ab_s**0.5 * x_0 + (1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
 
@@ -248,7 +265,8 @@ def ddim(
 ) -> Tensor:
     """DDIM, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Song et al. 2021, eq. 12 and 16).
 
-    eta = 0 is deterministic, Euler's method on the probability flow; eta = 1 is DDPM with the posterior variance.
+    eta = 0 is deterministic, Euler's method on the probability flow; eta = 1 is DDPM with the posterior
+    variance.
     """
     # Start: DDIM sampling
     for t, ab_t, ab_s in diffusion.strides(x, timesteps):
@@ -279,8 +297,9 @@ def pndm(
 ) -> Tensor:
     """Pseudo linear multistep, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (PNDM, Liu et al. 2022).
 
-    A DDIM stride along an eps extrapolated from the last four. It starts with fewer, or with `runge_kutta` with three
-    pseudo Runge-Kutta strides of four evaluations each (the paper's way). Deterministic: the generator is not used.
+    A DDIM stride along an eps extrapolated from the last four. It starts with fewer, or with `runge_kutta`
+    with three pseudo Runge-Kutta strides of four evaluations each (the paper's way). Deterministic: the
+    generator is not used.
     """
     # Start: PNDM sampling
     history: list[Tensor] = []  # the last eps, newest first
@@ -298,9 +317,11 @@ def pndm(
 def runge_kutta_eps(
     diffusion: Diffusion, eps_theta: Denoiser, x: Tensor, eps_1: Tensor, t: int, s: int
 ) -> Tensor:
-    """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t) (PNDM, section 3.3).
+    """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t) (PNDM,
+    section 3.3).
 
-    The half step is (t + s + 1) // 2, and a stride that ends in 0 looks ahead to 1: no network was trained at t = 0.
+    The half step is (t + s + 1) // 2, and a stride that ends in 0 looks ahead to 1: no network was trained at
+    t = 0.
     """
     half, end = (t + s + 1) // 2, max(s, 1)
 
@@ -324,8 +345,8 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Lu et al. 2022, Algorithm 2).
 
-    Exact in the linear part of the flow, second order in the change of x_0 over lambda = log(sqrt(ab) / sqrt(1 - ab)).
-    Deterministic: the generator is not used.
+    Exact in the linear part of the flow, second order in the change of x_0 over lambda = log(sqrt(ab) /
+    sqrt(1 - ab)). Deterministic: the generator is not used.
     """
     # Start: DPM-Solver++(2M) sampling
     x_0_before, h_before = None, 0.0
@@ -351,7 +372,9 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "pndm": pndm, "dpm_solver": dpm_solver}
 
 
 def clip_x_0(diffusion: Diffusion, eps_theta: Denoiser) -> Denoiser:
-    """The denoiser with its x_0 clipped to [-1, 1] and eps derived from that anew; the outermost wrapper, for pixels."""
+    """The denoiser with its x_0 clipped to [-1, 1] and eps derived from that anew; the outermost wrapper, for
+    pixels.
+    """
 
     def clipped(x_t: Tensor, t: Tensor) -> Tensor:
         x_0, _ = diffusion.split(eps_theta(x_t, t), x_t, t, "eps")
@@ -360,7 +383,7 @@ def clip_x_0(diffusion: Diffusion, eps_theta: Denoiser) -> Denoiser:
     return clipped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training: one loop, which serves every task that trains anything.
 
 CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the device
@@ -368,37 +391,13 @@ SAVE_SECONDS = 600  # within a long epoch, save this often
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps (at most a tenth of the run), then half a cosine from `peak` to 0 at `total`."""
+    """Linear warm-up over `warmup` steps (at most a tenth of the run), then half a cosine from `peak` to 0 at
+    `total`.
+    """
     warmup = min(warmup, total // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets, so that a loop can end between two steps; a second one cuts in."""
-    stop = threading.Event()
-
-    def handle(signum: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
-class Stopped(KeyboardInterrupt):
-    """Training was stopped by a signal, and saved."""
 
 
 def random_states(generator: torch.Generator) -> dict:
@@ -410,7 +409,9 @@ def random_states(generator: torch.Generator) -> dict:
 def restore(
     checkpoint: dict, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, generator
 ) -> None:
-    """Put a checkpoint's weights, optimizer and random states in place; UserError where they do not fit the network."""
+    """Put a checkpoint's weights, optimizer and random states in place; UserError where they do not fit the
+    network.
+    """
     try:
         net.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
@@ -429,7 +430,7 @@ def restore(
 def train(
     net: torch.nn.Module,
     loss_fn: Callable[..., Tensor],
-    loader: utils.Loader,
+    loader: Loader,
     run: Path,
     *,
     epochs: int,
@@ -447,11 +448,12 @@ def train(
     extra: dict | None = None,
     resume: dict | None = None,
 ) -> EMA:
-    """Minimise `loss_fn(net, x_0, y, generator)` over the loader's batches; the run's folder gets ckpt.pt and log.csv.
+    """Minimise `loss_fn(net, x_0, y, generator)` over the loader's batches; the run's folder gets ckpt.pt and
+    log.csv.
 
-    `extra` goes into every checkpoint; `resume` is a checkpoint to go on from, bit for bit on the CPU. `preview(net,
-    epoch)` is called with the averaged weights. Raises UserError if the loss stops being finite (the last good
-    checkpoint stays) and Stopped after a signal (the place is saved).
+    `extra` goes into every checkpoint; `resume` is a checkpoint to go on from, bit for bit on the CPU.
+    `preview(net, epoch)` is called with the averaged weights. Raises UserError if the loss stops being finite
+    (the last good checkpoint stays) and Stopped after a signal (the place is saved).
     """
     device, per_epoch = loader.device, len(loader)
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=device.type != "mps")
@@ -462,19 +464,20 @@ def train(
         restore(resume, net, ema, optimizer, generator)
         step, loss_sum = resume["step"], resume["loss_sum"]
     model = torch.compile(net) if compile else net
-    log = Log(run / "log.csv", step)
+    log = utils.Log(run / "log.csv", step)
     pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
     saved_at = time.monotonic()
 
     def check() -> None:
-        """Read the pending losses, add them up, and stop if one is not finite: nothing after it is ever saved."""
+        """Read the pending losses, add them up, and stop if one is not finite: nothing after it is ever
+        saved.
+        """
         nonlocal loss_sum
         for i, (loss, norm) in enumerate(torch.stack(pending).tolist() if pending else []):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise UserError(
-                    f"the {what} is not finite at step {step - len(pending) + i + 1} of {epochs * per_epoch}: try a lower "
-                    f"--lr; {run / 'ckpt.pt'} holds the last good weights"
+                    f"the {what} is not finite at step {step - len(pending) + i + 1}: try a lower --lr; {run / 'ckpt.pt'} holds the last good weights"
                 )
             loss_sum += loss
         pending.clear()
@@ -499,7 +502,7 @@ def train(
         unit_scale=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )
-    with stop_on_signal() as stop, bar:
+    with utils.stop_on_signal() as stop, bar:
         if resume is None:
             save()  # from here on there is always a checkpoint
         for epoch in range(step // per_epoch, epochs):
@@ -542,111 +545,21 @@ def train(
     return ema
 
 
-class Log:
-    """log.csv, one row an epoch; rows later than `step` are dropped, for the steps they tell of will be taken again."""
-
-    COLUMNS = ("epoch", "step", "loss", "lr", "images_per_second", "seconds")
-
-    def __init__(self, path: Path, step: int):
-        self.path, rows = path, []
-        if path.is_file():
-            with open(path, newline="") as file:
-                rows = [
-                    row for row in csv.reader(file) if row[1:] and row[1].isdigit() and int(row[1]) <= step
-                ]
-        with utils.replacing(path) as file:
-            file.write("".join(f"{','.join(row)}\n" for row in [self.COLUMNS, *rows]).encode())
-
-    def add(self, epoch: int, step: int, loss: float, lr: float, images: int, started: float) -> None:
-        seconds = time.monotonic() - started
-        with open(self.path, "a") as file:
-            file.write(f"{epoch},{step},{loss:.6f},{lr:.3e},{images / seconds:.1f},{seconds:.2f}\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def unet_defaults(image_size: int) -> dict:
-    """The network and its training as they suit an image size (pixels), where the command line leaves them open."""
-    if image_size <= 16:  # 1.1 M parameters: the digits in minutes on a laptop
-        return dict(width=32, multipliers=[1, 2, 2], blocks=1, attention=[2], batch_size=32, lr=1e-3)
-    if image_size <= 32:  # 6.5 M
-        return dict(width=64, multipliers=[1, 2, 2], blocks=2, attention=[2], batch_size=64, lr=5e-4)
-    if image_size <= 64:  # 22 M
-        return dict(width=64, multipliers=[1, 2, 3, 4], blocks=2, attention=[2, 3], batch_size=64, lr=2e-4)
-    levels = max(5, round(math.log2(image_size / 8)) + 1)  # down to 8 pixels
-    multipliers = [1] * (levels - 4) + [2, 2, 3, 4]
-    return dict(
-        width=64,
-        multipliers=multipliers,
-        blocks=2,
-        attention=[levels - 2, levels - 1],
-        batch_size=32,
-        lr=1e-4,
-    )
-
-
-def whole(low: int) -> Callable[[str], float]:
-    return utils.number(int, low)
-
-
-def real(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    return utils.number(float, low, high, above)
-
-
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
-    add("--data-root", default="data", metavar="DIR", help="where the data set is, or is downloaded to")
-    add("--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)")
-    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
-    add(
-        "--limit", type=whole(1), metavar="N", help="use the first N images of a fixed shuffle (default: all)"
-    )
-    mirror = "mirror images at random, one in two (default: yes, save for digits and captions)"
-    add("--flip", action=argparse.BooleanOptionalAction, help=mirror)
-    add("--workers", type=whole(1), metavar="N", help="threads that decode images (default: one per core)")
-    add("--cache-dir", default="data/cache", metavar="DIR", help="where decoded images are kept")
-
-
-def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("network (defaults: by image size)").add_argument
-    add("--width", type=whole(4), metavar="N", help="channels at full resolution")
-    add("--multipliers", type=whole(1), nargs="+", metavar="M", help="of the width, one for each level")
-    add("--blocks", type=whole(1), metavar="N", help="residual blocks in each level")
-    add(
-        "--attention",
-        type=int,
-        nargs="*",
-        metavar="LEVEL",
-        help="levels with attention; 1 is half resolution",
-    )
-    add("--dropout", type=real(0, 1), default=0.0, metavar="P", help="probability of dropping a feature")
 
 
 def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("diffusion").add_argument
     add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
-    add(
-        "--schedule",
-        choices=list(SCHEDULES),
-        default="linear",
-        help="of the noise: %(choices)s",
-        metavar="NAME",
-    )
+    schedule = "of the noise: %(choices)s"
+    add("--schedule", choices=list(SCHEDULES), default="linear", metavar="NAME", help=schedule)
     predicted = "what the network predicts: %(choices)s"
-    add("--prediction", choices=list(PLAIN_MSE), default="eps", help=predicted, metavar="NAME")
+    add("--prediction", choices=list(PLAIN_MSE), default="eps", metavar="NAME", help=predicted)
     weighted = "of the noise levels in the loss: %(choices)s (default: plain MSE on the prediction)"
-    add("--weighting", choices=list(WEIGHTINGS), help=weighted, metavar="NAME")
-    add(
-        "--p2-gamma",
-        type=real(0),
-        default=1.0,
-        metavar="G",
-        help="--weighting p2: gamma of 1 / (k + snr)^gamma",
-    )
-    add("--p2-k", type=real(0, above=True), default=1.0, metavar="K", help="--weighting p2: k of the same")
+    add("--weighting", choices=list(WEIGHTINGS), metavar="NAME", help=weighted)
+    add("--p2-gamma", type=real(0), default=1.0, metavar="G", help="--weighting p2: 1 / (k + snr)^gamma")
+    add("--p2-k", type=real(0, above=True), default=1.0, metavar="K", help="--weighting p2: its k")
     cut = "--weighting min_snr: where snr is cut off"
     add("--min-snr-gamma", type=real(0, above=True), default=5.0, metavar="G", help=cut)
 
@@ -654,7 +567,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 25 for digits, else 80)")
-    batch = "in one step, or sampled at once (default: by image size)"
+    batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
     rate = "peak learning rate of AdamW (default: by image size)"
     add("--lr", type=real(0, above=True), metavar="RATE", help=rate)
@@ -663,18 +576,13 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=whole(0),
         default=200,
         metavar="STEPS",
-        help="to the peak, at most a tenth of the run",
+        help="to the peak; at most a tenth of the run",
     )
     add("--weight-decay", type=real(0), default=0.01, metavar="RATE", help="of AdamW")
-    add(
-        "--clip-grad",
-        type=real(0, above=True),
-        default=1.0,
-        metavar="NORM",
-        help="largest norm of a gradient",
-    )
+    add("--clip-grad", type=real(0, above=True), default=1.0, metavar="NORM", help="largest gradient norm")
     add("--ema-decay", type=real(0, 1), default=0.999, metavar="D", help="of the averaged weights, per step")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is faster")
+    bf16 = "fp32, bf16, or auto: bf16 where it is faster"
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", metavar="NAME", help=bf16)
     add("--compile", action="store_true", help="torch.compile the network: slower to start, then faster")
     grids = "between two sample grids (default: an eighth of the run)"
     add("--preview-every", type=whole(1), metavar="EPOCHS", help=grids)
@@ -692,120 +600,103 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help="one of %(choices)s")
     add("--sample-steps", type=whole(1), default=50, metavar="N", help="strides from t = T to 0")
     add(
-        "--eta",
-        type=real(0, 1),
-        default=0.0,
-        metavar="E",
-        help="--sampler ddim: 0 deterministic, to 1 as DDPM",
+        "--eta", type=real(0, 1), default=0.0, metavar="E", help="--sampler ddim: 0 no fresh noise, 1 as DDPM"
     )
-    noise = "--sampler ddpm: sigma_t^2, posterior or beta"
-    add("--variance", choices=["posterior", "beta"], default="posterior", metavar="NAME", help=noise)
+    sigma = "--sampler ddpm: sigma_t^2, posterior or beta"
+    add("--variance", choices=["posterior", "beta"], default="posterior", metavar="NAME", help=sigma)
     add("--runge-kutta", action="store_true", help="--sampler pndm: start with three Runge-Kutta strides")
-    clip = "clip x_0 to [-1, 1] at each stride (default: yes)"
-    add("--clip", action=argparse.BooleanOptionalAction, default=True, help=clip)
+    add("--no-clip", action="store_true", help="do not clip x_0 to [-1, 1] at each stride")
     add("--out", metavar="DIR", help="--sample: also write one PNG per image there, as FID tools read them")
     add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
-def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--seed", type=whole(0), default=0, help="of every random draw")
+def make_parser() -> argparse.ArgumentParser:
+    parser = utils.Parser(description="Train an unconditional diffusion model, or sample from one.")
+    utils.add_data_flags(parser)
+    utils.add_network_flags(parser)
+    add_diffusion_flags(parser)
+    add_training_flags(parser)
+    add_sampling_flags(parser)
+    utils.add_machine_flags(parser)
+    return parser
 
 
 SAMPLER_FLAGS = {
     "eta": "ddim",
     "variance": "ddpm",
     "runge_kutta": "pndm",
-}  # flag -> the one sampler that takes it
-FREE_ON_RESUME = {  # flags that may change when a run is resumed: none shapes the network, the data or the loss
+}  # flag -> the sampler it belongs to
+WEIGHTING_FLAGS = {"p2_gamma": "p2", "p2_k": "p2", "min_snr_gamma": "min_snr"}
+FOR_SAMPLING = {  # flags that mean something beside --sample; the other settings come from the checkpoint
+    *("sample", "checkpoint", "out", "animate", "batch_size", "device", "seed"),
+    *("sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS),
+}
+FREE_ON_RESUME = {  # flags that may change when a run goes on: they shape neither network nor data nor loss
     *("resume", "epochs", "data_root", "cache_dir", "workers", "device", "precision", "compile"),
-    *("preview_every", "save_every"),
-    *("sampler", "sample_steps", "eta", "variance", "runge_kutta", "clip", "typed"),
+    *("preview_every", "save_every", "sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS),
 }
-FOR_SAMPLING = {  # flags that mean something beside --sample: the rest comes from the checkpoint
-    *(
-        "sample",
-        "checkpoint",
-        "sampler",
-        "sample_steps",
-        "eta",
-        "variance",
-        "runge_kutta",
-        "clip",
-        "out",
-        "animate",
-    ),
-    *("batch_size", "device", "seed", "typed"),
-}
-
-
-def flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Say no to flags that would have no effect, rather than ignore them; UserError."""
-    for dest, sampler in SAMPLER_FLAGS.items():
-        if dest in args.typed and args.sampler != sampler:
-            raise UserError(f"{flag(dest)} belongs to --sampler {sampler}, not to {args.sampler}")
+    """Refuse flags that would have no effect, rather than ignore them; UserError."""
+    for owner, flags in (("sampler", SAMPLER_FLAGS), ("weighting", WEIGHTING_FLAGS)):
+        for dest in args.typed & set(flags):
+            if getattr(args, owner) != flags[dest] and not args.resume:
+                raise UserError(f"{flag(dest)} belongs to --{owner} {flags[dest]}: add that, or leave it out")
     if args.sample is None:
-        idle = args.typed & {"checkpoint", "out", "animate"}
-        if idle:
-            raise UserError(f"{flag(min(idle))} goes with --sample N, the number of images to draw")
-        if "p2_gamma" in args.typed or "p2_k" in args.typed:
-            if args.weighting != "p2":
-                raise UserError("--p2-gamma and --p2-k belong to --weighting p2")
-        if "min_snr_gamma" in args.typed and args.weighting != "min_snr":
-            raise UserError("--min-snr-gamma belongs to --weighting min_snr")
+        for dest in args.typed & {"checkpoint", "out", "animate"}:
+            raise UserError(f"{flag(dest)} goes with --sample N, the number of images to draw")
+    elif args.checkpoint is None:
+        raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
     else:
-        if args.checkpoint is None:
-            raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
-        fixed = args.typed - FOR_SAMPLING
-        if fixed:
-            raise UserError(f"{flag(min(fixed))} comes from the checkpoint when sampling: leave it out")
+        for dest in args.typed - FOR_SAMPLING:
+            raise UserError(f"{flag(dest)} comes from the checkpoint when sampling: leave it out")
 
 
-def merge_config(args: argparse.Namespace, config: dict) -> argparse.Namespace:
-    """The settings of a resumed run: its checkpoint's, save for the typed ones that may change; UserError for others."""
-    for dest in sorted(args.typed - FREE_ON_RESUME):
-        if getattr(args, dest) != config.get(dest):
-            raise UserError(
-                f"the run was made with {flag(dest)} {config.get(dest)} and can't be resumed with "
-                f"{getattr(args, dest)}: leave the flag out, or start a new run"
-            )
-    typed = {dest: getattr(args, dest) for dest in args.typed}
-    return argparse.Namespace(**{**vars(args), **config, **typed, "typed": args.typed, "resume": args.resume})
+def unet_defaults(image_size: int) -> dict:
+    """The network and its training as they suit an image size (pixels), where the command line leaves them
+    open.
+    """
+    if image_size <= 16:  # 1.1 M parameters
+        return dict(width=32, multipliers=[1, 2, 2], blocks=1, attention=[2], batch_size=32, lr=1e-3)
+    if image_size <= 32:  # 6.5 M
+        return dict(width=64, multipliers=[1, 2, 2], blocks=2, attention=[2], batch_size=64, lr=5e-4)
+    if image_size <= 64:  # 22 M
+        return dict(width=64, multipliers=[1, 2, 3, 4], blocks=2, attention=[2, 3], batch_size=64, lr=2e-4)
+    levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels
+    multipliers = [1] * (levels - 4) + [2, 2, 3, 4]
+    attention = [levels - 2, levels - 1]
+    return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
 def fill_network_defaults(args: argparse.Namespace) -> None:
-    """Settle the network and its training for args.image_size; UserError if the size does not fit the network."""
+    """Settle the network and its training for args.image_size; UserError if the size does not fit the
+    network.
+    """
     if args.attention is None and args.multipliers is not None:
         args.attention = [len(args.multipliers) - 1] if len(args.multipliers) > 1 else []
     for dest, value in unet_defaults(args.image_size).items():
         if getattr(args, dest) is None:
             setattr(args, dest, value)
-    divisor = 2 ** (len(args.multipliers) - 1)
+    levels = len(args.multipliers)
+    divisor = 2 ** (levels - 1)
     if args.image_size % divisor:
         below = args.image_size // divisor * divisor
         near = f"{below} or {below + divisor}" if below else f"{divisor}"
         raise UserError(
-            f"--image-size {args.image_size} is not divisible by {divisor}, as a network of "
-            f"{len(args.multipliers)} levels needs: try {near}"
+            f"--image-size {args.image_size} is not divisible by {divisor}, as {levels} levels need it: "
+            f"try {near}"
         )
 
 
 def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
-    """Settle what depends on the data set: channels, epochs, flips; a note where the batch is larger than the set."""
+    """Settle what depends on the data set; a note where the batch is larger than the set."""
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
     args.epochs = args.epochs or (25 if args.dataset == "digits" else 80)
     args.preview_every = args.preview_every or max(1, args.epochs // 8)
     if args.batch_size > len(data.images):
-        print(
-            f"note: --batch-size {args.batch_size}: the data set has only {len(data.images)} images, ", end=""
-        )
-        print("which are the batch")
+        print(f"note: the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
         args.batch_size = len(data.images)
 
 
@@ -828,41 +719,27 @@ def make_diffusion(config: dict) -> Diffusion:
     return Diffusion(config["noise_steps"], config["schedule"], config["prediction"], weighting)
 
 
-def use_bf16(precision: str, device: torch.device, width: int) -> bool:
-    """Whether to train in bfloat16: where the chip multiplies it natively, and the layers are wide enough to gain."""
-    if precision == "auto" and device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "auto" and device.type == "cpu":
-        return width >= 64 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return precision == "bf16"
-
-
-def sample_images(
-    diffusion: Diffusion,
-    eps_theta: Denoiser,
-    shape: tuple[int, int, int],
-    generators: list[torch.Generator],
-    device: torch.device,
-    args: argparse.Namespace,
-    watch: Callable[[Tensor, Tensor], object] | None = None,
-) -> Tensor:
-    """One image for each generator, from x_T ~ N(0, I) to x_0 (B, C, H, W) in [-1, 1], by the sampler in `args`.
-
-    `watch(x_t, t)` is called at each evaluation of the network.
+def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diffusion, dict]:
+    """The averaged network of a run, its diffusion process and its checkpoint; UserError where they don't
+    fit.
     """
+    checkpoint = utils.load_checkpoint(path, kind)
+    try:
+        net = make_net(checkpoint["config"])
+        net.load_state_dict(checkpoint["ema"])
+        return net.to(device).eval(), make_diffusion(checkpoint["config"]), checkpoint
+    except (KeyError, RuntimeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
 
-    def watched(x_t: Tensor, t: Tensor) -> Tensor:
-        if watch:
-            watch(x_t, t)
-        return eps_theta(x_t, t)
 
-    denoiser = clip_x_0(diffusion, watched) if args.clip else watched
-    options = {
-        dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
-    }
-    x_T = randn_like(torch.empty(len(generators), *shape, device=device), generators)
-    steps = diffusion.timesteps(args.sample_steps)
-    return SAMPLERS[args.sampler](diffusion, denoiser, x_T, steps, generators, **options)
+def use_bf16(precision: str, device: torch.device, width: int) -> bool:
+    """Whether to train in bfloat16: where the chip has it natively and the layers are wide enough to gain."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and width >= 64 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def check_steps(args: argparse.Namespace, T: int) -> None:
@@ -870,30 +747,49 @@ def check_steps(args: argparse.Namespace, T: int) -> None:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the {T} noise steps of the network")
 
 
-def make_preview(diffusion: Diffusion, shape: tuple[int, int, int], device: torch.device, run: Path, args):
-    """A function that samples from a network, always from the same noise, and saves a grid in the run's folder."""
-    count = 64 if shape[1] <= 32 else 16
-    run_samples = run / "samples"
+def sample_images(
+    diffusion: Diffusion,
+    eps_theta: Denoiser,
+    x_T: Tensor,
+    args: argparse.Namespace,
+    generators: list[torch.Generator],
+) -> Tensor:
+    """From x_T to x_0, (B, C, H, W), by the sampler, steps and clipping in `args`, image i drawing from
+    generator i.
+    """
+    denoiser = eps_theta if args.no_clip else clip_x_0(diffusion, eps_theta)
+    options = {
+        dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
+    }
+    steps = diffusion.timesteps(args.sample_steps)
+    return SAMPLERS[args.sampler](diffusion, denoiser, x_T, steps, generators, **options)
+
+
+def make_preview(diffusion: Diffusion, shape: Sequence[int], device: torch.device, run: Path, args):
+    """`preview(net, epoch)`: sample from a network, always from the same noise, into a grid in the run's
+    folder.
+    """
+    count = 64 if args.image_size <= 32 else 16
 
     def preview(net: torch.nn.Module, epoch: int) -> None:
         generators = [utils.seeded_generator(args.seed, i) for i in range(count)]
-        x_0 = sample_images(diffusion, diffusion.denoiser(net), shape, generators, device, args)
+        x_T = randn_like(torch.empty(count, *shape, device=device), generators)
+        x_0 = sample_images(diffusion, diffusion.denoiser(net), x_T, args, generators)
         caption = f"{args.dataset}, epoch {epoch}, {args.sampler} {args.sample_steps} steps"
-        utils.save_picture(utils.make_grid(x_0, caption), run_samples / f"epoch_{epoch:04d}.png")
+        utils.save_picture(utils.make_grid(x_0, caption), run / "samples" / f"epoch_{epoch:04d}.png")
 
     return preview
 
 
 def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
-    """Train a network as the command line says, in a new folder under --runs, or go on with the run of --resume."""
+    """Train a network as the command line says, in a new folder under --runs, or go on with --resume's."""
     device = utils.get_device(args.device)
     resume = utils.load_checkpoint(args.resume, kind) if args.resume else None
     if resume:
-        args = merge_config(args, resume["config"])
+        args = utils.merge_config(args, resume["config"], FREE_ON_RESUME)
     if args.image_size:
         fill_network_defaults(args)  # an image size that does not fit is told before the images are decoded
-    data = utils.get_data(
-        args.dataset,
+    where = (
         args.data_root,
         "train",
         args.image_size,
@@ -902,55 +798,43 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
         args.workers,
         args.cache_dir,
     )
-    args.image_size = data.images.shape[2]
+    data = utils.get_data(args.dataset, *where)
+    args.image_size = data.images.shape[-1]
     fill_network_defaults(args)
     fill_data_defaults(args, data)
     check_steps(args, args.noise_steps)
-    config = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("typed", "resume", "sample", "checkpoint")
-    }
+
+    config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
     torch.manual_seed(args.seed)
     net = make_net(config).to(device)
     if device.type == "cpu":
-        net = net.to(memory_format=torch.channels_last)  # measured: a tenth to a third faster there
+        net = net.to(memory_format=torch.channels_last)  # a tenth faster there
     diffusion = make_diffusion(config)
-    loader = utils.Loader(data.images, args.batch_size, device, flip=args.flip, seed=args.seed)
-
+    loader = Loader(data.images, args.batch_size, device, flip=args.flip, seed=args.seed)
     if resume:
-        run = utils.checkpoint_file(args.resume).parent
         check_resumable(resume, args.epochs, len(data.images), len(loader))
+        run = utils.checkpoint_file(args.resume).parent
     else:
         run = utils.new_path(Path(args.runs) / (args.name or f"{kind}_{args.dataset}"))
         (run / "samples").mkdir(parents=True)
     with utils.replacing(run / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
-    parameters = sum(p.numel() for p in net.parameters())
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
     print(
-        f"{args.dataset}: {len(data.images)} images, {args.channels} x {args.image_size} x {args.image_size}; ",
-        end="",
+        f"data     {args.dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}"
     )
-    print(f"network: {parameters / 1e6:.2f} M parameters; on {device}; results go to {run}/")
+    print(f"network  {parameters:.2f} M parameters, on {device}\nresults  in {run}/")
 
+    options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
     try:
         train(
             net,
             diffusion.loss,
             loader,
             run,
-            epochs=args.epochs,
-            lr=args.lr,
-            warmup=args.warmup,
-            weight_decay=args.weight_decay,
-            clip_grad=args.clip_grad,
-            ema_decay=args.ema_decay,
+            **{key: config[key] for key in (*options, "save_every", "preview_every")},
             bf16=use_bf16(args.precision, device, args.width),
-            compile=args.compile,
-            seed=args.seed,
-            save_every=args.save_every,
-            preview=make_preview(diffusion, tuple(data.images.shape[1:]), device, run, args),
-            preview_every=args.preview_every,
+            preview=make_preview(diffusion, data.images.shape[1:], device, run, args),
             extra={
                 "kind": kind,
                 "config": config,
@@ -960,73 +844,57 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
             resume=resume,
         )
     except Stopped:
-        print(
-            f"stopped and saved; go on with\n  python {Path(sys.argv[0]).name} --resume {run}",
-            file=sys.stderr,
-        )
+        print(f"stopped and saved; go on with\n  python {sys.argv[0]} --resume {run}", file=sys.stderr)
         sys.exit(130)
-    print(
-        f"samples     {run / 'samples' / f'epoch_{args.epochs:04d}.png'}\nlog         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}"
-    )
-    print(f"sample more: python {Path(sys.argv[0]).name} --sample 64 --checkpoint {run}")
+    print(f"samples     {run / 'samples' / f'epoch_{args.epochs:04d}.png'}")
+    print(f"log         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}")
+    print(f"sample more with\n  python {sys.argv[0]} --sample 64 --checkpoint {run}")
 
 
 def check_resumable(resume: dict, epochs: int, images: int, per_epoch: int) -> None:
     """UserError unless the run can go on: the data are what they were, and there are steps left."""
     if images != resume["images"]:
-        raise UserError(
-            f"the data set has changed: the run had {resume['images']} images, now there are {images}"
-        )
+        raise UserError(f"the data set has changed: it had {resume['images']} images, now it has {images}")
     if resume["step"] >= epochs * per_epoch:
         raise UserError(
-            f"the run is complete after {resume['epoch']} epochs: to train further, ask for more --epochs"
+            f"the run has had its {resume['epoch']} epochs: to train further, ask for more --epochs"
         )
-
-
-def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diffusion, dict]:
-    """The averaged network of a run, its diffusion process and its checkpoint; UserError where they don't fit."""
-    checkpoint = utils.load_checkpoint(path, kind)
-    try:
-        net = make_net(checkpoint["config"])
-        net.load_state_dict(checkpoint["ema"])
-        return net.to(device).eval(), make_diffusion(checkpoint["config"]), checkpoint
-    except (KeyError, RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(
-            f"checkpoint {path} does not hold the network that its settings describe ({why})"
-        ) from None
 
 
 def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
-    """Draw --sample images from the averaged weights of --checkpoint; write a grid and, if asked for, PNGs and a GIF."""
+    """Draw --sample images from the averaged weights of --checkpoint; write a grid and what else is asked
+    for.
+    """
     device = utils.get_device(args.device)
     net, diffusion, checkpoint = load_network(args.checkpoint, kind, device)
     config = checkpoint["config"]
     check_steps(args, diffusion.T)
     if args.out:
         prepare_out(Path(args.out))
-    shape = (config["channels"], config["image_size"], config["image_size"])
     batch_size = args.batch_size or 64
     batches, frames = [], []
     with tqdm(
         total=math.ceil(args.sample / batch_size) * args.sample_steps, desc="sampling", unit="step"
     ) as bar:
 
-        def watch(x_t: Tensor, t: Tensor) -> None:
+        def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
             if args.animate and not batches and bar.n % math.ceil(args.sample_steps / 60) == 0:
-                frames.append(x_t.cpu())
+                frames.append(x_t.cpu())  # of the first batch, at most about 60
             bar.update()
+            return diffusion.denoiser(net)(x_t, t)
 
         for first in range(0, args.sample, batch_size):
             numbers = range(first, min(first + batch_size, args.sample))
             generators = [utils.seeded_generator(args.seed, i) for i in numbers]
-            x_0 = sample_images(diffusion, diffusion.denoiser(net), shape, generators, device, args, watch)
-            batches.append(x_0.cpu())
+            shape = (len(numbers), config["channels"], config["image_size"], config["image_size"])
+            x_T = randn_like(torch.empty(shape, device=device), generators)
+            batches.append(sample_images(diffusion, eps_theta, x_T, args, generators).cpu())
+    x_0 = torch.cat(batches)
 
-    caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {args.sampler} {args.sample_steps} steps, seed {args.seed}"
+    made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
+    caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {made_by}"
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     grid = utils.new_path(samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png")
-    x_0 = torch.cat(batches)
     print("grid    ", utils.save_picture(utils.make_grid(x_0, caption), grid))
     if args.animate:
         frames = [utils.make_grid(x, caption) for x in [*frames, batches[0]]]
@@ -1038,22 +906,13 @@ def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
 
 
 def prepare_out(out: Path) -> None:
-    """Make the folder for single images; UserError if it holds some already, which would be lost or mixed with ours."""
+    """Make the folder for single images; UserError if it holds some, which would be lost or mixed in."""
     out.mkdir(parents=True, exist_ok=True)
     there = utils.image_files(out)
     if there:
         raise UserError(
             f"--out {out} already holds images, such as {there[0].name}: name a new or empty folder"
         )
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description="Train an unconditional diffusion model, or sample from one.")
-    for add_flags in (add_data_flags, add_network_flags, add_diffusion_flags, add_training_flags):
-        add_flags(parser)
-    add_sampling_flags(parser)
-    add_machine_flags(parser)
-    return parser
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""The networks: the UNet of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239) and the average of its weights.
+"""The networks: the UNet of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239) and the average of its
+weights.
 
-Every network is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the clean
-image or v) is the business of ddpm.Diffusion; a network is only a function from image and time to image.
+Every network is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
+clean image or v) is the business of ddpm.Diffusion; a network is only a function from image and time to
+image.
 """
 
 import copy
@@ -24,7 +26,9 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with min(32, channels // 4) groups, or the next smaller number of groups that divides `channels`."""
+    """GroupNorm with min(32, channels // 4) groups, or the next smaller number of groups that divides
+    `channels`.
+    """
     groups = max(1, min(32, channels // 4))
     while channels % groups:
         groups -= 1
@@ -32,7 +36,9 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
-    """Ho et al.'s initialisation: Xavier-uniform weights, or zeros for a layer that ends a residual branch; zero bias."""
+    """Ho et al.'s initialisation: Xavier-uniform weights, or zeros for a layer that ends a residual branch;
+    zero bias.
+    """
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -61,7 +67,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H x W positions, added to its input; (B, C, H, W) -> (B, C, H, W)."""
+    """Single-head self-attention over the H x W positions, added to its input, (B, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -115,10 +121,10 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
-    Level i has width * multipliers[i] channels at 1 / 2^i of the resolution, `blocks` residual blocks on the way
-    down and blocks + 1 on the way up; `attention` lists the levels with self-attention, which the middle always
-    has. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. y is not used: conditional
-    networks override `embed`. (The published weights count t from 0: with them, pass t - 1.)
+    Level i has width * multipliers[i] channels at 1 / 2^i of the resolution, `blocks` residual blocks on the
+    way down and blocks + 1 on the way up; `attention` lists the levels with self-attention, which the middle
+    always has. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. y is not used:
+    conditional networks override `embed`. (The published weights count t from 0: with them, pass t - 1.)
     """
 
     def __init__(
@@ -207,8 +213,8 @@ class UNet(nn.Module):
 class EMA:
     """Exponential moving average of a network's weights, in `self.net`: `ema <- d ema + (1 - d) net`.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the first, random weights are soon forgotten (step counts the
-    updates before this one).
+    d = min(decay, (1 + step) / (10 + step)), so that the first, random weights are soon forgotten (step
+    counts the updates before this one).
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.999):

@@ -1,4 +1,6 @@
-"""Everything around the diffusion model: beta schedules, data sets, checkpoints, image files, command-line plumbing."""
+"""Everything around the diffusion model: beta schedules, data sets, checkpoints, image files, command-line
+plumbing.
+"""
 
 import argparse
 import csv
@@ -9,7 +11,10 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,23 +35,28 @@ class UserError(Exception):
     """Something the user can put right; its text is one clear line that says how."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Beta schedules: f(T) -> betas, shape (T,), float64, in (0, 1). betas[t - 1] is the papers' beta_t.
 #
-# One step of the forward process is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM, eq. 2). The published
-# betas belong to T = 1000; for another T they are scaled by 1000 / T, so that the same noise is added in all.
-# To add one, write a function and add it to SCHEDULES: the command line, every sampler and every test then know it.
+# One step of the forward process is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM, eq. 2). The
+# published betas belong to T = 1000; for another T they are scaled by 1000 / T, so that the same noise is
+# added in all. To add one, write a function and add it to SCHEDULES: the command line, every sampler and
+# every test then know it.
 
 MAX_BETA = 0.999  # beta = 1 would leave no signal, and x_0 could not be read off x_t
 
 
 def scaled_betas(betas_at_1000: torch.Tensor) -> torch.Tensor:
-    """Betas published for T = 1000, sampled at T points -> the betas for T steps, clamped to MAX_BETA; (T,) -> (T,)."""
+    """Betas published for T = 1000, sampled at T points -> the betas for T steps, clamped to MAX_BETA; (T,)
+    -> (T,).
+    """
     return (betas_at_1000 * 1000 / len(betas_at_1000)).clamp(max=MAX_BETA)
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[torch.Tensor], torch.Tensor], T: int) -> torch.Tensor:
-    """beta_t = 1 - alpha_bar(t/T) / alpha_bar((t-1)/T), clamped to MAX_BETA; -> (T,) (Nichol & Dhariwal 2021, sec. 3.2)."""
+    """beta_t = 1 - alpha_bar(t/T) / alpha_bar((t-1)/T), clamped to MAX_BETA; -> (T,) (Nichol & Dhariwal 2021,
+    sec. 3.2).
+    """
     bar = alpha_bar(torch.linspace(0, 1, T + 1, dtype=torch.float64))  # (T+1,)
     return (1 - bar[1:] / bar[:-1]).clamp(max=MAX_BETA)
 
@@ -57,7 +67,9 @@ def linear(T: int) -> torch.Tensor:
 
 
 def quadratic(T: int) -> torch.Tensor:
-    """sqrt(beta) from sqrt(1e-4) to sqrt(0.02) in equal steps: gentler at first (Ho et al. 2020, code); -> (T,)."""
+    """sqrt(beta) from sqrt(1e-4) to sqrt(0.02) in equal steps: gentler at first (Ho et al. 2020, code); ->
+    (T,).
+    """
     return scaled_betas(torch.linspace(1e-4**0.5, 0.02**0.5, T, dtype=torch.float64) ** 2)
 
 
@@ -67,23 +79,29 @@ def sigmoid(T: int) -> torch.Tensor:
 
 
 def constant(T: int) -> torch.Tensor:
-    """beta the same at every step, the mean of `linear`, so that it ends with the same alpha_bar_T; -> (T,)."""
+    """beta the same at every step, the mean of `linear`, which so ends with the same alpha_bar_T; -> (T,)."""
     return scaled_betas(torch.full((T,), (1e-4 + 0.02) / 2, dtype=torch.float64))
 
 
 def jsd(T: int) -> torch.Tensor:
-    """beta_t = 1 / (T - t + 1), so that alpha_bar_t = 1 - t / T falls in a straight line (Sohl-Dickstein 2015); -> (T,)."""
+    """beta_t = 1 / (T - t + 1), so that alpha_bar_t = 1 - t / T falls in a straight line (Sohl-Dickstein
+    2015); -> (T,).
+    """
     return (1 / torch.linspace(T, 1, T, dtype=torch.float64)).clamp(max=MAX_BETA)
 
 
 def cosine(T: int) -> torch.Tensor:
-    """alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2) / cos^2(s / (1 + s) pi/2), s = 0.008; -> (T,) (Nichol & Dhariwal 2021, eq. 17)."""
+    """alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2) / cos^2(s / (1 + s) pi/2), s = 0.008; -> (T,) (Nichol &
+    Dhariwal 2021, eq. 17).
+    """
     s = 0.008
     return betas_from_alpha_bar(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
 
 
 def laplace(T: int) -> torch.Tensor:
-    """log snr(u) = -b sgn(0.5 - u) log(1 - 2|u - 0.5|), b = 0.5: most steps near snr = 1; -> (T,) (Hang et al. 2024)."""
+    """log snr(u) = -b sgn(0.5 - u) log(1 - 2|u - 0.5|), b = 0.5: most steps near snr = 1; -> (T,) (Hang et
+    al. 2024).
+    """
     b = 0.5
 
     def alpha_bar(u: torch.Tensor) -> torch.Tensor:
@@ -94,10 +112,12 @@ def laplace(T: int) -> torch.Tensor:
 
 
 def flow(T: int) -> torch.Tensor:
-    """snr(u) = ((1 - u) / u)^2: flow matching's straight line (1 - u) x_0 + u eps, rescaled to unit variance; -> (T,).
+    """snr(u) = ((1 - u) / u)^2: flow matching's straight line (1 - u) x_0 + u eps, rescaled to unit variance;
+    -> (T,).
 
-    Rectified flow (Liu et al. 2022) is one more noise schedule: dividing the line by sqrt((1 - u)^2 + u^2) makes it
-    sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, and any network and sampler here takes it from there.
+    Rectified flow (Liu et al. 2022) is one more noise schedule: dividing the line by sqrt((1 - u)^2 + u^2)
+    makes it sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, and any network and sampler here takes it from
+    there.
     """
     return betas_from_alpha_bar(lambda u: (1 - u) ** 2 / ((1 - u) ** 2 + u**2), T)
 
@@ -114,9 +134,10 @@ SCHEDULES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets. A loader `f(root, split) -> Source` says what there is: image files, or arrays, with labels or captions.
-# get_data turns a Source into Data: one uint8 array, decoded once and cached. To add one: a function, a dict entry.
+# ------------------------------------------------------------------------------------------------------------
+# Data sets. A loader `f(root, split) -> Source` says what there is: image files, or arrays, with labels or
+# captions. get_data turns a Source into Data: one uint8 array, decoded once and cached. To add one: a
+# function, a dict entry.
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGE_FORMATS = [
@@ -133,7 +154,9 @@ IMAGE_FORMATS = [
 
 @dataclass
 class Source:
-    """Images before they are decoded: files or one array (N, h, w) or (N, h, w, 3) uint8, and what is known of them."""
+    """Images before they are decoded: files or one array (N, h, w) or (N, h, w, 3) uint8, and what is known
+    of them.
+    """
 
     images: list[Path] | np.ndarray
     labels: list[int] | None = None  # 0-based
@@ -147,7 +170,9 @@ class Source:
 
 @dataclass
 class Data:
-    """A data set in memory: images (N, C, H, W) uint8 and, where known, labels (N,) int64 (0-based) or N captions."""
+    """A data set in memory: images (N, C, H, W) uint8 and, where known, labels (N,) int64 (0-based) or N
+    captions.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor | None = None
@@ -261,7 +286,9 @@ def labelled_folders(folder: Path) -> Source:
 
 
 def folder(root: Path, split: str) -> Source:
-    """A folder of images: flat, one sub-folder a class, or with captions in metadata.jsonl; `train/`, `test/` if there."""
+    """A folder of images: flat, one sub-folder a class, or with captions in metadata.jsonl; `train/`, `test/`
+    if there.
+    """
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
     sub_folders = {f.name for f in class_folders(root)}
@@ -287,7 +314,7 @@ def folder(root: Path, split: str) -> Source:
 
 
 def captioned_folder(root: Path) -> Source:
-    """Images and captions as listed in `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
+    """Images and captions of `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
     for number, line in enumerate(
         (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1
@@ -308,11 +335,11 @@ def captioned_folder(root: Path) -> Source:
 
 
 CARS_TREES = """accepted, each under --data-root or in a sub-folder of it whose name contains "car":
-  torchvision              Kaggle, by classes                     Kaggle, doubled          by classes
-  stanford_cars/           names.csv                              cars_train/              train/
-    cars_train/00001.jpg   anno_train.csv                           cars_train/00001.jpg     <Class name>/*.jpg
-    devkit/                car_data/car_data/                     devkit/                  test/
-      cars_meta.mat          train/<Class name>/*.jpg                                        <Class name>/*.jpg
+  torchvision              Kaggle, by classes            Kaggle, doubled          by classes
+  cars_train/00001.jpg     names.csv                     cars_train/              train/
+  devkit/                  anno_train.csv                  cars_train/00001.jpg     <Class name>/*.jpg
+    cars_meta.mat          car_data/car_data/            devkit/                  test/
+    train_perfect_preds.txt  train/<Class name>/*.jpg                               <Class name>/*.jpg
                              test/<Class name>/*.jpg
 get it (its original address is gone) with one of
   kaggle datasets download -d jutrera/stanford-car-dataset-by-classes-folder --unzip -p data/stanford_cars
@@ -320,9 +347,11 @@ get it (its original address is gone) with one of
 
 
 def stanfordcars(root: Path, split: str) -> Source:
-    """Stanford Cars (Krause et al. 2013): 8144 (test: 8041) cars of 196 classes, in any layout that people have it in.
+    """Stanford Cars (Krause et al. 2013): 8144 (test: 8041) cars of 196 classes, in any layout that people
+    have it in.
 
-    Labels are the official class numbers less 1 (so 0..195) wherever names.csv, anno_*.csv or the devkit give them.
+    Labels are the official class numbers less 1 (so 0..195) wherever names.csv, anno_*.csv or the devkit give
+    them.
     """
     images, near = find_cars(root, split)
     source = Source(image_files(images), root=images)
@@ -353,7 +382,9 @@ def stanfordcars(root: Path, split: str) -> Source:
 
 
 def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The folder of Stanford Cars' images, and the folders in which names.csv and devkit/ may lie; else UserError."""
+    """The folder of Stanford Cars' images, and the folders in which names.csv and devkit/ may lie; else
+    UserError.
+    """
     root = root.absolute()
     parts = [
         f"cars_{split}/cars_{split}",
@@ -373,12 +404,16 @@ def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
 
 
 def car_key(name: str) -> str:
-    """A class name as it can be compared: "Ram C/V" is the folder "Ram C-V", for a folder name holds no slash."""
+    """A class name as it can be compared: "Ram C/V" is the folder "Ram C-V", for a folder name holds no
+    slash.
+    """
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def car_names(near: list[Path]) -> list[str] | None:
-    """The 196 class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat; None without either."""
+    """The 196 class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat; None
+    without either.
+    """
     for folder_ in near:
         if (folder_ / "names.csv").is_file():
             lines = (folder_ / "names.csv").read_text(encoding="utf-8-sig").splitlines()
@@ -406,7 +441,9 @@ def read_mat(path: Path) -> dict | None:
 
 
 def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | None:
-    """0-based official class numbers by file name, from anno_*.csv, train_perfect_preds.txt or the devkit's .mat; or None."""
+    """0-based official class numbers by file name, from anno_*.csv, train_perfect_preds.txt or the devkit's
+    .mat; or None.
+    """
     annotations = next((f / f"anno_{split}.csv" for f in near if (f / f"anno_{split}.csv").is_file()), None)
     perfect = car_devkit_file(near, "train_perfect_preds.txt") if split == "train" else None
     mat_name = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
@@ -423,9 +460,8 @@ def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | N
         return None
     unknown = [p for p in files if p.name not in number_of]
     if unknown:
-        raise UserError(
-            f"{unknown[0]} and {len(unknown) - 1} more have no class in {annotations or perfect or path}: move them away"
-        )
+        listed = annotations or perfect or path
+        raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {listed}: move them away")
     return [number_of[p.name] - 1 for p in files]
 
 
@@ -466,7 +502,9 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
 
 
 def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every image of a source by `read_image`; -> (M, C, size, size) uint8 and the positions (M,) of those that could be read."""
+    """Every image of a source by `read_image`; -> (M, C, size, size) uint8 and the positions (M,) of those
+    that could be read.
+    """
 
     def try_read(image: Path | np.ndarray) -> np.ndarray | None:
         try:
@@ -506,7 +544,7 @@ def fingerprint(source: Source) -> str:
 def cached_decode(
     source: Source, cache_file: Path, size: int, channels: int, workers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `decode` returns, from `cache_file` where it is there and whole, else decoded and written there."""
+    """What `decode` returns, from `cache_file` if that is there and whole, else made and written there."""
     try:
         with np.load(cache_file, allow_pickle=False) as file:
             return file["images"], file["kept"]
@@ -534,7 +572,8 @@ def get_data(
     workers: int | None = None,
     cache_dir: str | Path = "data/cache",
 ) -> Data:
-    """A data set of DATASETS as one array, decoded and resized once and cached on disk; `limit`: that many of a fixed shuffle.
+    """A data set of DATASETS as one array, decoded and resized once and cached on disk; `limit`: that many of
+    a fixed shuffle.
 
     Raises UserError where there is no such data set, split or folder, or no image in it can be read.
     """
@@ -575,8 +614,8 @@ def subset(source: Source, index: np.ndarray) -> Source:
 class Loader:
     """Batches of a data set, sliced from its one array: no Python runs per image.
 
-    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch of any
-    epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens.
+    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch of
+    any epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens.
     """
 
     def __init__(
@@ -598,7 +637,9 @@ class Loader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The batches of an epoch from number `start` on: x_0 (B, C, H, W) float32 in [-1, 1], and y (B, ...) or None."""
+        """The batches of an epoch from number `start` on: x_0 (B, C, H, W) float32 in [-1, 1], and y (B, ...)
+        or None.
+        """
         generator = seeded_generator(self.seed, epoch)
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
@@ -612,17 +653,19 @@ class Loader:
 
 
 def seeded_generator(*seed: int) -> torch.Generator:
-    """A CPU generator whose stream depends on all the numbers given; (0, 1) and (1, 0) give different ones."""
+    """A CPU generator whose stream depends on all the numbers given: (0, 1) and (1, 0) differ."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Files: nothing that is there is overwritten, save by a whole new version of itself.
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` at the end, in one step: at any moment `path` is whole."""
+    """A file to write to that takes the place of `path` at the end, in one step: at any moment `path` is
+    whole.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -636,7 +679,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def new_path(path: Path) -> Path:
-    """`path`, or where that is taken, the first of `path_2`, `path_3`, ... that is free (the suffix stays at the end)."""
+    """`path`, or where that is taken, the first of `path_2`, `path_3`, ... that is free (the suffix stays at
+    the end).
+    """
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.stem}_{number}{path.suffix}"), number + 1
@@ -644,7 +689,7 @@ def new_path(path: Path) -> Path:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint in one step; UserError where that fails, and the previous one is still there, whole."""
+    """Write a checkpoint in one step; UserError where that fails, and the previous one is still whole."""
     buffer = io.BytesIO()  # torch.save straight to a full disk may abort the process
     torch.save(checkpoint, buffer)
     try:
@@ -658,7 +703,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """Read a run's checkpoint (its folder, or the file) of the kind wanted onto the CPU, never running code from it.
+    """Read a run's checkpoint (its folder, or the file) of the kind wanted onto the CPU, never running code
+    from it.
 
     Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
     """
@@ -693,6 +739,29 @@ def checkpoint_file(path: str | Path) -> Path:
             f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt"
         )
     return file
+
+
+class Log:
+    """log.csv, one row an epoch; rows later than `step` are dropped, for the steps they tell of will be taken
+    again.
+    """
+
+    COLUMNS = ("epoch", "step", "loss", "lr", "images_per_second", "seconds")
+
+    def __init__(self, path: Path, step: int):
+        self.path, rows = path, []
+        if path.is_file():
+            with open(path, newline="") as file:
+                rows = [
+                    row for row in csv.reader(file) if row[1:] and row[1].isdigit() and int(row[1]) <= step
+                ]
+        with replacing(path) as file:
+            file.write("".join(f"{','.join(row)}\n" for row in [self.COLUMNS, *rows]).encode())
+
+    def add(self, epoch: int, step: int, loss: float, lr: float, images: int, started: float) -> None:
+        seconds = time.monotonic() - started
+        with open(self.path, "a") as file:
+            file.write(f"{epoch},{step},{loss:.6f},{lr:.3e},{images / seconds:.1f},{seconds:.2f}\n")
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
@@ -750,17 +819,19 @@ def save_picture(picture: Image.Image, path: Path, **options) -> Path:
 
 
 def save_animation(frames: list[Image.Image], path: Path) -> Path:
-    """Write Pillow images of one size as a GIF that plays in about four seconds and rests on its last; -> the path."""
+    """Write Pillow images of one size as a GIF that plays in about four seconds and rests on its last; -> the
+    path.
+    """
     durations = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
     return save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command-line plumbing
 
 
 def get_device(name: str = "auto") -> torch.device:
-    """ "auto" -> the fastest that is there of cuda, mps, cpu; UserError where the one asked for is not there."""
+    """The device of that name, "auto" being the best of cuda, mps and cpu; UserError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -779,7 +850,9 @@ class HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or "default" in action.help:
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
+            return action.help
+        if "default" in action.help:
             return action.help
         default = (
             " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
@@ -788,7 +861,9 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in its help, and a note in the result of which flags were really typed (`args.typed`)."""
+    """argparse with defaults in its help, and a note in the result of which flags were really typed
+    (`args.typed`).
+    """
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
@@ -805,7 +880,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of the kind `int` or `float` in [low, high], or with `above` in (low, high]."""
+    """An argparse type: a number of the kind `int` or `float` in [low, high], or in (low, high] if `above`."""
 
     def parse(text: str) -> float:
         try:
@@ -821,6 +896,95 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
         )
 
     return parse
+
+
+def whole(low: int) -> Callable[[str], float]:
+    return number(int, low)
+
+
+def real(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    return number(float, low, high, above)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    add("--data-root", default="data", metavar="DIR", help="where the data set is, or is downloaded to")
+    add("--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)")
+    add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
+    add(
+        "--limit", type=whole(1), metavar="N", help="use the first N images of a fixed shuffle (default: all)"
+    )
+    mirror = "mirror images at random, one in two (default: yes, save for digits and captions)"
+    add("--flip", action=argparse.BooleanOptionalAction, help=mirror)
+    add("--workers", type=whole(1), metavar="N", help="threads that decode images (default: one per core)")
+    add("--cache-dir", default="data/cache", metavar="DIR", help="where decoded images are kept")
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("network (defaults: by image size)").add_argument
+    add("--width", type=whole(4), metavar="N", help="channels at full resolution")
+    add("--multipliers", type=whole(1), nargs="+", metavar="M", help="of the width, one for each level")
+    add("--blocks", type=whole(1), metavar="N", help="residual blocks in each level")
+    add(
+        "--attention",
+        type=int,
+        nargs="*",
+        metavar="LEVEL",
+        help="levels with attention; 1 is half resolution",
+    )
+    add("--dropout", type=real(0, 1), default=0.0, metavar="P", help="probability of dropping a feature")
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--seed", type=whole(0), default=0, help="of every random draw")
+
+
+def flag(dest: str) -> str:
+    return "--" + dest.replace("_", "-")
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets, so that a loop can end between two steps; a second
+    one cuts in.
+    """
+    stop = threading.Event()
+
+    def handle(signum: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was stopped by a signal, and saved."""
+
+
+def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argparse.Namespace:
+    """The settings of a run that goes on: its own, save for typed flags in `free`; UserError where others
+    differ.
+    """
+    for dest in sorted(args.typed - free):
+        if getattr(args, dest) != config.get(dest):
+            raise UserError(
+                f"the run was made with {flag(dest)} {config.get(dest)}, not {getattr(args, dest)}: leave the flag out, or start a new run"
+            )
+    typed = {dest: getattr(args, dest) for dest in args.typed}
+    return argparse.Namespace(**{**vars(args), **config, **typed})
 
 
 def run_main(main: Callable[[], None]) -> None:
