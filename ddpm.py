@@ -477,7 +477,8 @@ def train(
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise UserError(
-                    f"the {what} is not finite at step {step - len(pending) + i + 1}: try a lower --lr; {run / 'ckpt.pt'} holds the last good weights"
+                    f"the {what} is not finite at step {step - len(pending) + i + 1}: try a lower --lr; "
+                    f"{run / 'ckpt.pt'} holds the last good weights"
                 )
             loss_sum += loss
         pending.clear()

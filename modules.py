@@ -183,7 +183,7 @@ class UNet(nn.Module):
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
         """What every residual block is told besides the image: the embedded time; (B,) -> (B, 4 * width)."""
-        return self.time_mlp(timestep_embedding(t, self.width))
+        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         if x.shape[-2] % self.divisor or x.shape[-1] % self.divisor:

@@ -316,21 +316,19 @@ def folder(root: Path, split: str) -> Source:
 def captioned_folder(root: Path) -> Source:
     """Images and captions of `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
-    for number, line in enumerate(
-        (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines(), start=1
-    ):
+    text = (root / "metadata.jsonl").read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            file, text = root / entry["file_name"], entry["text"]
+            files.append(root / entry["file_name"])
+            captions.append(str(entry["text"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{root / 'metadata.jsonl'}, line {number}: expected "
                 '{"file_name": "image.png", "text": "a caption"}'
             ) from None
-        files.append(file)
-        captions.append(str(text))
     return Source(files, captions=captions, flip=False, root=root)
 
 
@@ -367,14 +365,10 @@ def stanfordcars(root: Path, split: str) -> Source:
         number = {car_key(name): k for k, name in enumerate(names)}
         for name in source.class_names:
             if car_key(name) not in number:
-                raise UserError(
-                    f"{images / name} is no class of names.csv or the devkit: rename it, or move it away"
-                )
+                raise UserError(f"{images / name} is no class of names.csv or the devkit: rename or move it")
         source.labels = [number[car_key(source.class_names[k])] for k in source.labels]
         source.class_names = names
-    elif labels := car_labels(
-        source.images, near, split
-    ):  # class numbers by file name, their names by folder
+    elif labels := car_labels(source.images, near, split):  # labels by file name, class names by folder
         name_of = {new: source.class_names[old] for old, new in zip(source.labels, labels, strict=True)}
         source.labels = labels
         source.class_names = [name_of.get(k, f"class {k + 1}") for k in range(max(195, *labels) + 1)]
@@ -382,17 +376,9 @@ def stanfordcars(root: Path, split: str) -> Source:
 
 
 def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The folder of Stanford Cars' images, and the folders in which names.csv and devkit/ may lie; else
-    UserError.
-    """
-    root = root.absolute()
-    parts = [
-        f"cars_{split}/cars_{split}",
-        f"cars_{split}",
-        f"car_data/car_data/{split}",
-        f"car_data/{split}",
-        split,
-    ]
+    """The folder of Stanford Cars' images, and those in which names.csv or devkit/ may lie; else UserError."""
+    root, flat = root.absolute(), f"cars_{split}"
+    parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
     bases = [root] + [f for f in class_folders(root) if "car" in f.name.lower()]
     bases += [root.parent] if root.name in parts else []  # --data-root may name the images' own folder
     looked_at = [base / part for base in bases for part in parts]
@@ -404,29 +390,23 @@ def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
 
 
 def car_key(name: str) -> str:
-    """A class name as it can be compared: "Ram C/V" is the folder "Ram C-V", for a folder name holds no
-    slash.
-    """
+    """A class name fit to be compared: "Ram C/V" is the folder "Ram C-V", as folders have no slash."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def car_names(near: list[Path]) -> list[str] | None:
-    """The 196 class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat; None
-    without either.
-    """
-    for folder_ in near:
-        if (folder_ / "names.csv").is_file():
-            lines = (folder_ / "names.csv").read_text(encoding="utf-8-sig").splitlines()
-            return [line.strip().strip('"') for line in lines if line.strip()]
-    meta = car_devkit_file(near, "cars_meta.mat")
-    if meta is None:
-        return None
-    mat = read_mat(meta)
-    return [str(name) for name in mat["class_names"]] if mat else None
+    """The class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat, or None."""
+    if path := car_file(near, "names.csv"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip().strip('"') for line in lines if line.strip()]
+    if (path := car_file(near, "cars_meta.mat")) and (mat := read_mat(path)):
+        return [str(name) for name in mat["class_names"]]
+    return None
 
 
-def car_devkit_file(near: list[Path], name: str) -> Path | None:
-    places = [folder_ / kit / name for folder_ in near for kit in ("devkit", "car_devkit/devkit", "")]
+def car_file(near: list[Path], name: str) -> Path | None:
+    """The nearest file of that name, in one of the folders or in a devkit in it."""
+    places = [place / kit / name for place in near for kit in ("", "devkit", "car_devkit/devkit")]
     return next((p for p in places if p.is_file()), None)
 
 
@@ -441,28 +421,22 @@ def read_mat(path: Path) -> dict | None:
 
 
 def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | None:
-    """0-based official class numbers by file name, from anno_*.csv, train_perfect_preds.txt or the devkit's
-    .mat; or None.
-    """
-    annotations = next((f / f"anno_{split}.csv" for f in near if (f / f"anno_{split}.csv").is_file()), None)
-    perfect = car_devkit_file(near, "train_perfect_preds.txt") if split == "train" else None
-    mat_name = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
-    if annotations:  # file name, box, class number from 1
-        with open(annotations, newline="", encoding="utf-8-sig") as file:
-            number_of = {
-                row[0]: int(row[-1]) for row in csv.reader(file) if row and row[-1].strip().isdigit()
-            }
-    elif perfect:  # line i is the class of image i
-        number_of = {f"{i:05d}.jpg": int(k) for i, k in enumerate(perfect.read_text().split(), start=1)}
-    elif (path := car_devkit_file(near, mat_name)) and (mat := read_mat(path)):
-        number_of = {str(row["fname"]): int(row["class"]) for row in mat["annotations"]}
+    """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or the devkit."""
+    annotations = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+    if path := car_file(near, f"anno_{split}.csv"):  # file name, box, class number
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row and row[-1].strip().isdigit()]
+        number_of = {Path(row[0]).stem: int(row[-1]) for row in rows}
+    elif split == "train" and (path := car_file(near, "train_perfect_preds.txt")):  # line i is of image i
+        number_of = {f"{i:05d}": int(k) for i, k in enumerate(path.read_text().split(), start=1)}
+    elif (path := car_file(near, annotations)) and (mat := read_mat(path)):
+        number_of = {Path(str(row["fname"])).stem: int(row["class"]) for row in mat["annotations"]}
     else:
         return None
-    unknown = [p for p in files if p.name not in number_of]
+    unknown = [p for p in files if p.stem not in number_of]
     if unknown:
-        listed = annotations or perfect or path
-        raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {listed}: move them away")
-    return [number_of[p.name] - 1 for p in files]
+        raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {path}: move them away")
+    return [number_of[p.stem] - 1 for p in files]
 
 
 DATASETS: dict[str, Callable[[Path, str], Source]] = {
@@ -509,8 +483,8 @@ def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.n
     def try_read(image: Path | np.ndarray) -> np.ndarray | None:
         try:
             return read_image(image, size, channels)
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError):
-            return None  # all that Pillow raises on broken files
+        except Exception:  # Pillow's decoders raise almost anything on a broken file
+            return None
 
     images = np.empty((len(source.images), channels, size, size), np.uint8)
     kept = []
@@ -981,7 +955,8 @@ def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argp
     for dest in sorted(args.typed - free):
         if getattr(args, dest) != config.get(dest):
             raise UserError(
-                f"the run was made with {flag(dest)} {config.get(dest)}, not {getattr(args, dest)}: leave the flag out, or start a new run"
+                f"the run was made with {flag(dest)} {config.get(dest)}, not {getattr(args, dest)}: "
+                "leave the flag out, or start a new run"
             )
     typed = {dest: getattr(args, dest) for dest in args.typed}
     return argparse.Namespace(**{**vars(args), **config, **typed})

@@ -1,0 +1,175 @@
+"""The UNet against the description of Ho et al.'s, and the moving average."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modules import EMA, Attention, Downsample, ResidualBlock, UNet, Upsample, group_norm, timestep_embedding
+
+
+def randomized(net, seed=0):
+    """All weights random, so that zero-initialised layers hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data.normal_(0, 0.1, generator=generator)
+    return net
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 24), (4, 28, 12), (1, 4, 4)])
+def test_out_is_shaped_as_in(shape):
+    net = UNet(shape[0], width=8, multipliers=(1, 2, 3), blocks=1, attention=(1, 2))
+    x, t = torch.randn(2, *shape), torch.tensor([1, 1000])
+    assert net(x, t).shape == x.shape
+    assert torch.equal(net(x, t), net(x, t, None))
+
+
+def test_size_that_does_not_fit_is_told():
+    net = UNet(1, width=8, multipliers=(1, 2, 2))
+    for size in ((8, 6), (10, 8)):
+        with pytest.raises(ValueError, match="divisible by 4"):
+            net(torch.zeros(1, 1, *size), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    "bad", [dict(attention=(0,)), dict(attention=(3,)), dict(width=7), dict(blocks=0), dict(width=2)]
+)
+def test_settings_that_make_no_network(bad):
+    with pytest.raises(ValueError):
+        UNet(**{**dict(width=8, multipliers=(1, 2, 2), attention=(1,)), **bad})
+
+
+def test_output_is_zero_before_training():
+    net = UNet(1, width=8)
+    assert (net(torch.randn(2, 1, 8, 8), torch.tensor([3, 4])) == 0).all()
+
+
+def test_every_parameter_is_used():
+    net = randomized(UNet(2, width=8, multipliers=(1, 2), blocks=2, attention=(1,))).double()
+    net(torch.randn(2, 2, 8, 8).double(), torch.tensor([3, 400])).square().sum().backward()
+    for name, p in net.named_parameters():
+        if ".k.bias" not in name:  # adds the same to every score, and softmax takes it out again
+            assert p.grad is not None and p.grad.abs().max() > 1e-12, name
+
+
+def test_time_matters_and_images_of_a_batch_do_not_mix():
+    net = randomized(UNet(1, width=8)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    out = net(x, torch.tensor([10, 10]))
+    assert not torch.allclose(out[:1], net(x, torch.tensor([500, 10]))[:1], atol=1e-3)
+    assert torch.allclose(out[:1], net(x[:1], torch.tensor([10])), atol=1e-5)
+
+
+def test_number_of_blocks_and_skips():
+    """blocks a level down, blocks + 1 up; every output on the way down is a skip: counted as in Ho et al.'s
+    code.
+    """
+    net = UNet(3, width=32, multipliers=(1, 2, 2), blocks=2, attention=(1,))
+    assert [len(level) for level in net.down] == [2, 2, 2] and [len(level) for level in net.up] == [3, 3, 3]
+    skips = [
+        32,
+        32,
+        32,
+        32,
+        64,
+        64,
+        64,
+        64,
+        64,
+    ]  # conv_in, then two blocks and a downsample a level (not the last)
+    for level in net.up:
+        for stage in level:
+            assert stage.block.norm1.num_channels - skips.pop() in (32, 64)
+    assert skips == []
+    attended = [[isinstance(stage.attention, Attention) for stage in level] for level in net.down]
+    assert attended == [[False] * 2, [True] * 2, [False] * 2]
+    assert isinstance(net.middle[0].attention, Attention)
+
+
+def test_published_cifar10_network_has_its_published_size():
+    """Ho et al.'s CIFAR-10 network: 35.7 million parameters (2020, appendix B); the weights file holds
+    35,746,307.
+    """
+    net = UNet(3, width=128, multipliers=(1, 2, 2, 2), blocks=2, attention=(1,))
+    assert sum(p.numel() for p in net.parameters()) == 35_746_307
+
+
+def test_timestep_embedding():
+    t, dim = torch.tensor([1, 10, 999]), 8
+    expected = [
+        [f(v * 10000 ** (-i / 3)) for f in (math.sin, math.cos) for i in range(4)] for v in t.tolist()
+    ]
+    assert torch.allclose(timestep_embedding(t, dim), torch.tensor(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "channels, groups", [(32, 8), (64, 16), (128, 32), (512, 32), (8, 2), (144, 24), (6, 1), (3, 1)]
+)
+def test_group_norm(channels, groups):
+    norm = group_norm(channels)
+    assert norm.num_groups == groups and norm.eps == 1e-6
+
+
+def test_residual_block_adds_time_between_its_convolutions():
+    block = randomized(ResidualBlock(8, 12, emb_dim=5)).eval()
+    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 5)
+    h = F.conv2d(F.silu(block.norm1(x)), block.conv1.weight, block.conv1.bias, padding=1)
+    h = h + (F.silu(emb) @ block.time.weight.T + block.time.bias).view(2, 12, 1, 1)
+    h = F.conv2d(F.silu(block.norm2(h)), block.conv2.weight, block.conv2.bias, padding=1)
+    assert torch.allclose(
+        block(x, emb), h + F.conv2d(x, block.shortcut.weight, block.shortcut.bias), atol=1e-5
+    )
+
+
+def test_attention_is_softmax_over_positions():
+    attention = randomized(Attention(8))
+    x = torch.randn(2, 8, 3, 5)
+    h = attention.norm(x).flatten(2)  # (B, C, N)
+    q, k, v = (f.weight[:, :, 0, 0] @ h + f.bias[:, None] for f in (attention.q, attention.k, attention.v))
+    weights = torch.softmax(q.transpose(1, 2) @ k / 8**0.5, dim=2)  # (B, N, N)
+    h = v @ weights.transpose(1, 2)
+    expected = x + (attention.out.weight[:, :, 0, 0] @ h + attention.out.bias[:, None]).view(x.shape)
+    assert torch.allclose(attention(x), expected, atol=1e-5)
+
+
+def test_downsample_pads_as_tensorflow_does():
+    """Output pixel (i, j) sees rows 2i..2i+2 and columns 2j..2j+2, zero beyond the right and bottom edge."""
+    down = randomized(Downsample(2))
+    x = torch.randn(1, 2, 4, 4)
+    padded = torch.zeros(1, 2, 5, 5)
+    padded[..., :4, :4] = x
+    for i in range(2):
+        for j in range(2):
+            patch = padded[0, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3]
+            expected = (down.conv.weight * patch).sum(dim=(1, 2, 3)) + down.conv.bias
+            assert torch.allclose(down(x)[0, :, i, j], expected, atol=1e-6)
+
+
+def test_upsample_repeats_pixels_before_its_convolution():
+    up = randomized(Upsample(2))
+    x = torch.randn(1, 2, 3, 3)
+    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.allclose(up(x), F.conv2d(repeated, up.conv.weight, up.conv.bias, padding=1), atol=1e-6)
+
+
+def test_channels_last_gives_the_same_numbers():
+    net = randomized(UNet(1, width=8)).eval()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 700])
+    assert torch.allclose(
+        net(x, t), copy.deepcopy(net).to(memory_format=torch.channels_last)(x, t), atol=1e-4
+    )
+
+
+def test_ema_is_its_recursion():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(net, decay=0.9)
+    average = net.weight.item()
+    for step in range(200):
+        net.weight.data.fill_(float(step))
+        ema.update(net, step)
+        d = min(0.9, (1 + step) / (10 + step))
+        average = d * average + (1 - d) * step
+        assert ema.net.weight.item() == pytest.approx(average, rel=1e-4)
+    assert not ema.net.weight.requires_grad and not ema.net.training

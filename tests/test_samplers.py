@@ -1,0 +1,270 @@
+"""Every sampler x schedule x prediction on Gaussian data, where the ideal denoiser and the exact flow are
+known.
+
+x_0 ~ N(M, S^2) in each pixel, so x_t ~ N(sqrt(ab) M, ab S^2 + 1 - ab), E[x_0 | x_t] is linear in x_t, and so
+is each stride of each sampler: its result is followed here by a recursion of scalars, written in other forms
+of the papers' equations than the samplers use.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+import ddpm
+from ddpm import SAMPLERS, Diffusion
+from utils import SCHEDULES
+
+M, S = 0.3, 0.5
+PREDICTIONS = ["eps", "x_0", "v"]
+DETERMINISTIC = ["ddim", "pndm", "dpm_solver"]
+
+
+def ideal_net(diffusion):
+    """The network that has learned N(M, S^2) perfectly, in whatever it predicts."""
+
+    def net(x_t, t, y=None):
+        assert t.dtype == torch.int64 and t.shape == (len(x_t),) and (t >= 1).all()  # t = 0 is never trained
+        ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1).to(x_t.dtype)
+        x_0 = M + ab.sqrt() * S**2 / (ab * S**2 + 1 - ab) * (x_t - ab.sqrt() * M)  # E[x_0 | x_t]
+        eps = (1 - ab).sqrt() / (ab * S**2 + 1 - ab) * (x_t - ab.sqrt() * M)  # E[eps | x_t]
+        return {"eps": eps, "x_0": x_0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x_0}[diffusion.prediction]
+
+    return net
+
+
+def scalars(diffusion, x, t):
+    """E[x_0 | x_t] and E[eps | x_t] for one number x."""
+    ab = diffusion.alpha_bar[t].item()
+    spread = ab * S**2 + 1 - ab
+    return M + ab**0.5 * S**2 / spread * (x - ab**0.5 * M), (1 - ab) ** 0.5 / spread * (x - ab**0.5 * M)
+
+
+def exact_flow(diffusion, x, t, s):
+    """Where the probability flow takes x from t to s: the same number of standard deviations from the mean."""
+    ab_t, ab_s = diffusion.alpha_bar[t], diffusion.alpha_bar[s]
+    z = (x - ab_t.sqrt() * M) / (ab_t * S**2 + 1 - ab_t).sqrt()
+    return ab_s.sqrt() * M + (ab_s * S**2 + 1 - ab_s).sqrt() * z
+
+
+def start(diffusion):
+    """x_T at -2, -1, ..., 2 standard deviations of q(x_T); (5, 1, 1, 1)."""
+    z = torch.arange(-2.0, 3.0, dtype=torch.float64).view(-1, 1, 1, 1)
+    ab = diffusion.alpha_bar[-1]
+    return ab.sqrt() * M + (ab * S**2 + 1 - ab).sqrt() * z
+
+
+def sample(name, diffusion, x, timesteps, **options):
+    return SAMPLERS[name](diffusion, diffusion.denoiser(ideal_net(diffusion)), x, timesteps, **options)
+
+
+def recursion(name, diffusion, x, timesteps, z=None, eta=0.0, variance="posterior"):
+    """The sampler on one number, z[i] being the noise of stride i; other forms of the equations than in
+    ddpm.py.
+    """
+    history = []  # (lambda_t, x_0, eps), newest last
+    for i, (t, s) in enumerate(pairwise(timesteps)):
+        ab_t, ab_s = diffusion.alpha_bar[t].item(), diffusion.alpha_bar[s].item()
+        x_0, eps = scalars(diffusion, x, t)
+        history.append((0.5 * math.log(ab_t) - 0.5 * math.log(1 - ab_t), x_0, eps))
+        beta = 1 - ab_t / ab_s
+        tilde = (1 - ab_s) / (1 - ab_t) * beta
+        if name == "ddpm":  # the posterior mean from x_0 and x_t (DDPM, eq. 7)
+            x = (ab_s**0.5 * beta * x_0 + (1 - beta) ** 0.5 * (1 - ab_s) * x) / (1 - ab_t)
+            x += ({"posterior": tilde, "beta": beta}[variance] ** 0.5 if s > 0 else 0) * z[i]
+        elif name == "ddim":
+            sigma = eta * tilde**0.5
+            x = ab_s**0.5 * x_0 + (1 - ab_s - sigma**2) ** 0.5 * eps + sigma * (z[i] if z else 0)
+        elif name == "pndm":  # the transfer as the PNDM paper writes it, without going through x_0
+            e = [h[2] for h in history[-4:]]
+            weights = {1: [1], 2: [-1, 3], 3: [5, -16, 23], 4: [-9, 37, -59, 55]}[len(e)]
+            e = sum(w * v for w, v in zip(weights, e, strict=True)) / sum(weights)
+            slope = (ab_s - ab_t) / (ab_t**0.5 * (((1 - ab_s) * ab_t) ** 0.5 + ((1 - ab_t) * ab_s) ** 0.5))
+            x = (ab_s / ab_t) ** 0.5 * x - slope * e
+        elif s == 0:
+            x = x_0
+        else:  # DPM-Solver++(2M), as the integral of a straight line through the last two x_0 over lambda
+            now, after = history[-1][0], 0.5 * math.log(ab_s) - 0.5 * math.log(1 - ab_s)
+            slope = (x_0 - history[-2][1]) / (now - history[-2][0]) if len(history) > 1 else 0.0
+            h = after - now
+            x = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * x + ab_s**0.5 * (1 - math.exp(-h)) * (x_0 + slope * h / 2)
+    return x
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_sampler_is_its_recursion(name, schedule, prediction):
+    diffusion = Diffusion(1000, schedule, prediction)
+    x = start(diffusion)
+    for timesteps in (diffusion.timesteps(9), [1000, 999, 640, 12, 3, 1, 0], [700, 600, 250]):
+        got = sample(name, diffusion, x, timesteps)
+        expected = [recursion(name, diffusion, v, timesteps) for v in x.flatten().tolist()]
+        assert torch.allclose(
+            got.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
+        )
+
+
+STOCHASTIC = [
+    ("ddpm", dict(variance="posterior")),
+    ("ddpm", dict(variance="beta")),
+    ("ddim", dict(eta=0.5)),
+    ("ddim", dict(eta=1.0)),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name, options", STOCHASTIC)
+def test_stochastic_sampler_is_its_recursion_draw_by_draw(name, options, schedule, prediction, monkeypatch):
+    """With the noise z of each stride known, so the mean and every term of the variance are tested."""
+    diffusion = Diffusion(1000, schedule, prediction)
+    x = start(diffusion)
+    for timesteps in (diffusion.timesteps(6), [700, 600, 250]):
+        z = [0.7, -1.3, 2.1, 0.4, -0.2, 5.0][: len(timesteps) - 1]
+        drawn = iter(z)
+        monkeypatch.setattr(
+            ddpm, "randn_like", lambda x, generator, drawn=drawn: torch.full_like(x, next(drawn))
+        )
+        got = sample(name, diffusion, x, timesteps, **options)
+        expected = [recursion(name, diffusion, v, timesteps, z, **options) for v in x.flatten().tolist()]
+        assert torch.allclose(
+            got.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
+        )
+        assert next(drawn, None) == (
+            5.0 if timesteps[-1] == 0 else None
+        )  # no noise in a stride that ends in x_0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_error_against_the_exact_flow_falls(name, schedule, prediction):
+    diffusion = Diffusion(1000, schedule, prediction)
+    x = start(diffusion)
+    exact = exact_flow(diffusion, x, 1000, 0)
+    error = [(sample(name, diffusion, x, diffusion.timesteps(n)) - exact).abs().max() for n in (5, 50, 1000)]
+    assert error[1] < 0.8 * error[0] and error[2] < 0.8 * error[1]
+    assert error[2] < (0.3 if schedule == "laplace" else 0.1)  # laplace begins with a jump to snr = 22
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_error_vanishes_with_the_steps_if_the_schedule_is_refined(name):
+    error = []
+    for T in (100, 1000, 10000):
+        diffusion = Diffusion(T, "cosine")
+        x = start(diffusion)
+        error.append(
+            (sample(name, diffusion, x, diffusion.timesteps(T)) - exact_flow(diffusion, x, T, 0)).abs().max()
+        )
+    assert error[1] < error[0] / 3 and error[2] < error[1] / 3 and error[2] < 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["pndm", "dpm_solver"])
+def test_second_order_beats_ddim_with_20_evaluations(name, schedule):
+    diffusion = Diffusion(1000, schedule)
+    x = start(diffusion)
+    exact = exact_flow(diffusion, x, 1000, 0)
+    error = {
+        n: (sample(n, diffusion, x, diffusion.timesteps(20)) - exact).abs().max() for n in ("ddim", name)
+    }
+    assert error[name] < error["ddim"] / 2
+
+
+@pytest.mark.parametrize("name, options", STOCHASTIC[:1] + STOCHASTIC[2:])
+def test_stochastic_samples_have_the_mean_and_variance_of_the_data(name, options):
+    diffusion = Diffusion(200, "cosine")
+    x = torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = sample(
+        name, diffusion, x, diffusion.timesteps(200), generator=torch.Generator().manual_seed(1), **options
+    )
+    assert x.mean().item() == pytest.approx(M, abs=0.01) and x.std().item() == pytest.approx(S, abs=0.015)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_ddim_with_eta_1_is_ddpm_with_the_posterior_variance(schedule):
+    diffusion = Diffusion(1000, schedule)
+    runs = [("ddim", dict(eta=1.0)), ("ddpm", dict(variance="posterior"))]
+    x, steps = start(diffusion), diffusion.timesteps(20)
+    a, b = (
+        sample(name, diffusion, x, steps, generator=torch.Generator().manual_seed(5), **options)
+        for name, options in runs
+    )
+    assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_one_step_sampler_can_be_called_in_segments(name):
+    diffusion = Diffusion()
+    x, eps_theta = start(diffusion), diffusion.denoiser(ideal_net(diffusion))
+    whole = SAMPLERS[name](diffusion, eps_theta, x, [1000, 600, 300, 0], torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    for segment in ([1000, 600], [600, 300, 0]):
+        x = SAMPLERS[name](diffusion, eps_theta, x, segment, generator)
+    assert torch.equal(x, whole)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_an_image_does_not_depend_on_its_batch(name):
+    diffusion = Diffusion()
+    x = start(diffusion)
+    generators = [torch.Generator().manual_seed(i) for i in range(5)]
+    batch = sample(name, diffusion, x, [1000, 500, 0], generator=generators)
+    alone = sample(name, diffusion, x[3:4], [1000, 500, 0], generator=[torch.Generator().manual_seed(3)])
+    assert torch.allclose(batch[3:4], alone, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_denoiser_may_take_gradients_inside_a_sampler(name):
+    diffusion = Diffusion()
+
+    def eps_theta(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(x.square().sum() / 2, x)[0]  # which is x
+
+    x = SAMPLERS[name](diffusion, eps_theta, torch.ones(2, 1, 1, 1), [1000, 500, 0], torch.Generator())
+    assert not x.requires_grad and x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_evaluation_a_stride_and_the_type_is_kept(name, dtype):
+    diffusion, calls = Diffusion(), []
+
+    def eps_theta(x, t):
+        calls.append(t.tolist())
+        return x
+
+    x = SAMPLERS[name](
+        diffusion, eps_theta, torch.ones(2, 1, 1, 1, dtype=dtype), [1000, 700, 20, 0], torch.Generator()
+    )
+    assert x.dtype == dtype and calls == [[1000, 1000], [700, 700], [20, 20]]
+
+
+def test_runge_kutta_start_costs_nine_evaluations_and_never_looks_at_0():
+    for timesteps in (Diffusion().timesteps(12), [3, 2, 1, 0], [1, 0], [1000, 0]):
+        diffusion, calls = Diffusion(), []
+
+        def eps_theta(x, t, diffusion=diffusion, calls=calls):
+            calls.append(t[0].item())
+            return diffusion.denoiser(ideal_net(diffusion))(x, t)
+
+        x = SAMPLERS["pndm"](diffusion, eps_theta, start(diffusion), timesteps, runge_kutta=True)
+        strides = len(timesteps) - 1
+        assert len(calls) == strides + 3 * min(3, strides) and min(calls) >= 1 and x.isfinite().all()
+
+
+def test_runge_kutta_stride_is_of_second_order():
+    """Halving a stride divides the error of one DDIM stride by 4, that of a pseudo Runge-Kutta stride by 8."""
+    diffusion = Diffusion(10000, "cosine")
+    x = start(diffusion)
+
+    def error(stride, **options):
+        exact = exact_flow(diffusion, x, 6000, 6000 - stride)
+        return (sample("pndm", diffusion, x, [6000, 6000 - stride], **options) - exact).abs().max()
+
+    assert error(800) / error(400) == pytest.approx(4, rel=0.15)
+    assert error(800, runge_kutta=True) / error(400, runge_kutta=True) > 7

@@ -1,0 +1,252 @@
+"""The training loop: what it saves and when, resuming bit for bit, and stopping in every way."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import PROJECT, TINY, error_line
+
+import ddpm
+import utils
+
+
+def checkpoint(run="runs/ddpm_digits"):
+    return torch.load(f"{run}/ckpt.pt", weights_only=True)
+
+
+def same(a, b):
+    """Equality of nested dictionaries, lists and tensors, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def assert_same_end(a, b):
+    for part in ("net", "ema", "optimizer", "rng", "epoch", "step"):
+        assert same(a[part], b[part]), part
+
+
+def interrupt_at(monkeypatch, step):
+    """Send this process a Ctrl-C while training takes its step number `step` (from 1)."""
+    calls, real = [], ddpm.Diffusion.loss
+
+    def loss(self, *args, **options):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
+
+
+def test_a_run_is_one_folder(cli):
+    result = cli(*TINY)
+    assert result.code == 0
+    state = checkpoint()
+    assert state["kind"] == "ddpm" and state["epoch"] == 2 and state["step"] == 6
+    assert state["class_names"] == list("0123456789")
+    config = json.load(open("runs/ddpm_digits/config.json"))
+    assert config == state["config"] and config["width"] == 8 and config["lr"] == 1e-3
+    rows = list(csv.DictReader(open("runs/ddpm_digits/log.csv")))
+    assert [row["epoch"] for row in rows] == ["1", "2"] and [row["step"] for row in rows] == ["3", "6"]
+    assert all(0 < float(row["loss"]) < 10 for row in rows)
+    for path in ("runs/ddpm_digits/ckpt.pt", "runs/ddpm_digits/log.csv", "samples/epoch_0002.png"):
+        assert path in result.out
+    assert sorted(p.name for p in utils.image_files(utils.Path("runs/ddpm_digits/samples"))) == [
+        "epoch_0001.png",
+        "epoch_0002.png",
+    ]
+
+
+def test_a_run_never_overwrites_another(cli):
+    cli(*TINY)
+    before = open("runs/ddpm_digits/ckpt.pt", "rb").read()
+    result = cli(*TINY, "--epochs", "1")
+    assert result.code == 0 and "runs/ddpm_digits_2" in result.out
+    assert open("runs/ddpm_digits/ckpt.pt", "rb").read() == before
+    cli(*TINY, "--epochs", "1", "--name", "mine")
+    assert checkpoint("runs/mine")["step"] == 3
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(cli):
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        cli(*TINY, "--name", name, "--seed", seed)
+    assert_same_end(checkpoint("runs/a"), checkpoint("runs/b"))
+    assert not same(checkpoint("runs/a")["net"], checkpoint("runs/c")["net"])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 5])  # an epoch has 3 steps
+@pytest.mark.parametrize("dropout", ["0", "0.3"])
+def test_interrupted_and_resumed_is_the_same_bit_for_bit(cli, monkeypatch, step, dropout):
+    tiny = [*TINY, "--dropout", dropout]
+    cli(*tiny, "--name", "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        result = cli(*tiny, "--name", "parts")
+    assert result.code == 130 and "Traceback" not in result.err
+    assert "--resume runs/parts" in result.err
+    assert checkpoint("runs/parts")["step"] == step
+    torch.manual_seed(999)  # the process that resumes is another one
+    assert cli("--resume", "runs/parts").code == 0
+    assert_same_end(checkpoint("runs/whole"), checkpoint("runs/parts"))
+
+    def losses(run):
+        return [
+            (row["epoch"], row["step"], row["loss"]) for row in csv.DictReader(open(f"runs/{run}/log.csv"))
+        ]
+
+    assert losses("whole") == losses("parts")
+
+
+def test_first_checkpoint_stands_before_step_1(cli, monkeypatch):
+    def fail(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", fail)
+    assert cli(*TINY).code == 130
+    assert checkpoint()["step"] == 0
+
+
+def test_random_states_are_byte_tensors(cli):
+    cli(*TINY)
+    rng = checkpoint()["rng"]
+    assert rng["cpu"].dtype == rng["train"].dtype == torch.uint8 and not rng["cpu"].is_cuda
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("step", [1, 5])
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(cli, monkeypatch, kind, step):
+    calls, real = [], ddpm.Diffusion.loss
+
+    def loss(self, net, *args, **options):
+        calls.append(1)
+        value = real(self, net, *args, **options)
+        if len(calls) == step:
+            if kind == "loss":
+                return value * float("nan")
+            weight = next(iter(net.parameters()))
+            value = value + (weight.flatten()[0] * 0).sqrt()  # finite, but its slope is not
+        return value
+
+    monkeypatch.setattr(ddpm.Diffusion, "loss", loss)
+    line = error_line(cli(*TINY))
+    assert f"the {kind} is not finite at step {step}:" in line and "ckpt.pt" in line
+    state = checkpoint()
+    assert state["step"] == (0 if step == 1 else 3)  # the end of the last good epoch
+    assert all(p.isfinite().all() for part in ("net", "ema") for p in state[part].values())
+
+
+def test_the_loss_is_not_read_at_every_step(monkeypatch, tmp_path):
+    """Reading a number from the device waits for it: 60 steps may do so a few times only."""
+    reads, real = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(1) or real(self))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: reads.append(1) or real(self))
+    net = torch.nn.Conv2d(1, 1, 1)
+    loader = utils.Loader(torch.zeros(60, 1, 2, 2, dtype=torch.uint8), 1)
+    ddpm.train(net, lambda net, x, y, g: net(x).square().mean(), loader, tmp_path, epochs=1)
+    assert len(reads) <= 5
+
+
+def test_training_loop_serves_any_task(tmp_path):
+    """A regression with labels: nothing in train() knows of diffusion; and it learns, by its averaged weights
+    too.
+    """
+    x = torch.randint(0, 256, (256, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    y = (x.float() / 127.5 - 1) @ torch.ones(2, 2) * 0.5 + 0.25
+    net = torch.nn.Conv2d(1, 1, 1)
+
+    def loss_fn(net, x_0, y, generator):
+        return (net(x_0) @ torch.ones(2, 2) / 2 - y).square().mean()
+
+    loader = utils.Loader(x, 16, y=y)
+    ema = ddpm.train(net, loss_fn, loader, tmp_path, epochs=20, lr=0.05, weight_decay=0)
+    for trained in (net, ema.net):
+        assert trained.weight.item() == pytest.approx(1, abs=0.02)
+        assert trained.bias.item() == pytest.approx(0.25, abs=0.02)
+
+
+def test_learning_rate():
+    rates = [ddpm.learning_rate(step, 1000, 2.0, warmup=50) for step in range(1000)]
+    assert max(rates) == 2.0 and rates.index(2.0) == 50
+    assert rates[:51] == pytest.approx([2.0 * (k + 1) / 51 for k in range(51)])
+    assert rates[525] == pytest.approx(1.0) and 0 < rates[-1] < 1e-4
+    assert ddpm.learning_rate(0, 1, 2.0, warmup=50) == 2.0  # a warm-up is at most a tenth of the run
+
+
+def test_resume_may_go_on_for_longer(cli):
+    cli(*TINY)
+    line = error_line(cli("--resume", "runs/ddpm_digits"))
+    assert "2 epochs" in line and "--epochs" in line
+    assert cli("--resume", "runs/ddpm_digits", "--epochs", "3").code == 0
+    assert checkpoint()["epoch"] == 3 and checkpoint()["config"]["epochs"] == 3
+
+
+def test_log_rows_that_a_crash_left_are_taken_back(cli, monkeypatch):
+    cli(*TINY)
+    with open("runs/ddpm_digits/log.csv", "a") as file:
+        file.write("3,9,0.1,0.1,1,1\n")  # logged, but the run was killed before it was saved
+    cli("--resume", "runs/ddpm_digits", "--epochs", "3")
+    assert [row["epoch"] for row in csv.DictReader(open("runs/ddpm_digits/log.csv"))] == ["1", "2", "3"]
+
+
+def start(tmp_path, *args):
+    command = [sys.executable, str(PROJECT / "ddpm.py"), *args]
+    return subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path, process):
+    for _ in range(600):
+        if path.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert path.exists(), process.communicate()[1]
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.3, 1.1])
+def test_kill_at_any_moment_leaves_a_checkpoint_that_resumes(cli, tmp_path, wait):
+    long = [*TINY, "--epochs", "100000", "--preview-every", "100000"]
+    process = start(tmp_path, *long)
+    wait_for(tmp_path / "runs/ddpm_digits/ckpt.pt", process)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+    step = checkpoint()["step"]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 2)
+        assert cli("--resume", "runs/ddpm_digits").code == 130
+    assert checkpoint()["step"] == step + 2
+
+
+def test_ctrl_c_and_sigterm_save_and_leave_cleanly(cli, tmp_path):
+    for number, sent in enumerate((signal.SIGINT, signal.SIGTERM)):
+        process = start(tmp_path, *TINY, "--epochs", "100000", "--name", f"run{number}")
+        wait_for(tmp_path / f"runs/run{number}/ckpt.pt", process)
+        time.sleep(0.5)
+        process.send_signal(sent)
+        err = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "Traceback" not in err, err
+        assert f"--resume runs/run{number}" in err
+        assert not list((tmp_path / f"runs/run{number}").glob("*.tmp"))
+
+
+def test_compile_gives_the_same_run(cli):
+    """--compile changes the speed, not what is learned; a compiled run is resumed like any other."""
+    assert cli(*TINY, "--compile", "--name", "compiled").code == 0
+    cli(*TINY, "--name", "eager")
+    a, b = checkpoint("runs/compiled")["net"], checkpoint("runs/eager")["net"]
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-3) for k in a)
+
+
+def test_bf16_trains(cli):
+    assert cli(*TINY, "--precision", "bf16").code == 0
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in checkpoint()["net"].values())
