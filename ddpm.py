@@ -14,6 +14,8 @@ runs/ python ddpm.py --epochs 80 --dataset stanfordcars              train on St
 import argparse
 import json
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -585,7 +587,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     bf16 = "fp32, bf16, or auto: bf16 where it is faster"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", metavar="NAME", help=bf16)
     add("--compile", action="store_true", help="torch.compile the network: slower to start, then faster")
-    grids = "between two sample grids (default: an eighth of the run)"
+    grids = "between two sample grids (default: a fifth of the run)"
     add("--preview-every", type=whole(1), metavar="EPOCHS", help=grids)
     add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between two checkpoints")
     add("--name", metavar="NAME", help="of the run's folder (default: the script and the data set)")
@@ -607,7 +609,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--variance", choices=["posterior", "beta"], default="posterior", metavar="NAME", help=sigma)
     add("--runge-kutta", action="store_true", help="--sampler pndm: start with three Runge-Kutta strides")
     add("--no-clip", action="store_true", help="do not clip x_0 to [-1, 1] at each stride")
-    add("--out", metavar="DIR", help="--sample: also write one PNG per image there, as FID tools read them")
+    add("--out", metavar="DIR", help="--sample: also write one PNG per image there, for FID tools")
     add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
@@ -695,9 +697,9 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
     args.epochs = args.epochs or (25 if args.dataset == "digits" else 80)
-    args.preview_every = args.preview_every or max(1, args.epochs // 8)
+    args.preview_every = args.preview_every or max(1, args.epochs // 5)
     if args.batch_size > len(data.images):
-        print(f"note: the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
+        utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
         args.batch_size = len(data.images)
 
 
@@ -816,7 +818,10 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
         check_resumable(resume, args.epochs, len(data.images), len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
-        run = utils.new_path(Path(args.runs) / (args.name or f"{kind}_{args.dataset}"))
+        wanted = Path(args.runs) / (args.name or f"{kind}_{args.dataset}")
+        run = utils.new_path(wanted)
+        if run != wanted:
+            utils.note(f"{wanted} exists and stays as it is: this run goes to {run}")
         (run / "samples").mkdir(parents=True)
     with utils.replacing(run / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
@@ -845,11 +850,16 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
             resume=resume,
         )
     except Stopped:
-        print(f"stopped and saved; go on with\n  python {sys.argv[0]} --resume {run}", file=sys.stderr)
+        print(f"stopped and saved; go on with\n  {command('--resume', run)}", file=sys.stderr)
         sys.exit(130)
     print(f"samples     {run / 'samples' / f'epoch_{args.epochs:04d}.png'}")
     print(f"log         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}")
-    print(f"sample more with\n  python {sys.argv[0]} --sample 64 --checkpoint {run}")
+    print(f"sample more with\n  {command('--sample', 64, '--checkpoint', run)}")
+
+
+def command(*flags: object) -> str:
+    """A command line of this script that can be pasted into a shell."""
+    return shlex.join(["python", sys.argv[0], *map(str, flags)])
 
 
 def check_resumable(resume: dict, epochs: int, images: int, per_epoch: int) -> None:
@@ -862,6 +872,9 @@ def check_resumable(resume: dict, epochs: int, images: int, per_epoch: int) -> N
         )
 
 
+GRID_LIMIT = 256  # images shown in a grid; --out gets them all
+
+
 def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
     """Draw --sample images from the averaged weights of --checkpoint; write a grid and what else is asked
     for.
@@ -870,50 +883,53 @@ def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
     net, diffusion, checkpoint = load_network(args.checkpoint, kind, device)
     config = checkpoint["config"]
     check_steps(args, diffusion.T)
-    if args.out:
-        prepare_out(Path(args.out))
-    batch_size = args.batch_size or 64
-    batches, frames = [], []
-    with tqdm(
-        total=math.ceil(args.sample / batch_size) * args.sample_steps, desc="sampling", unit="step"
-    ) as bar:
+    samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
+    prepare_folders(samples, args.out)
+    eps_theta, batch_size = diffusion.denoiser(net), args.batch_size or 64
+    evaluations = args.sample_steps + (9 if args.runge_kutta else 0)
+    shown, frames = [], []  # images for the grid; for the GIF what the network saw of the first batch
+    with tqdm(total=math.ceil(args.sample / batch_size) * evaluations, desc="sampling", unit="step") as bar:
 
-        def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-            if args.animate and not batches and bar.n % math.ceil(args.sample_steps / 60) == 0:
-                frames.append(x_t.cpu())  # of the first batch, at most about 60
+        def watched(x_t: Tensor, t: Tensor) -> Tensor:
+            if args.animate and not shown and bar.n % math.ceil(evaluations / 60) == 0:
+                frames.append(x_t[:GRID_LIMIT].cpu())
             bar.update()
-            return diffusion.denoiser(net)(x_t, t)
+            return eps_theta(x_t, t)
 
         for first in range(0, args.sample, batch_size):
             numbers = range(first, min(first + batch_size, args.sample))
             generators = [utils.seeded_generator(args.seed, i) for i in numbers]
             shape = (len(numbers), config["channels"], config["image_size"], config["image_size"])
             x_T = randn_like(torch.empty(shape, device=device), generators)
-            batches.append(sample_images(diffusion, eps_theta, x_T, args, generators).cpu())
-    x_0 = torch.cat(batches)
+            x_0 = sample_images(diffusion, watched, x_T, args, generators).cpu()
+            if args.out:
+                for number, picture in zip(numbers, utils.to_pictures(x_0), strict=True):
+                    utils.save_picture(picture, Path(args.out) / f"{number:05d}.png")
+            shown += [x_0] if first < GRID_LIMIT else []
 
     made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
     caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {made_by}"
-    samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     grid = utils.new_path(samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png")
-    print("grid    ", utils.save_picture(utils.make_grid(x_0, caption), grid))
+    print("grid    ", utils.save_picture(utils.make_grid(torch.cat(shown)[:GRID_LIMIT], caption), grid))
     if args.animate:
-        frames = [utils.make_grid(x, caption) for x in [*frames, batches[0]]]
-        print("gif     ", utils.save_animation(frames, utils.new_path(grid.with_suffix(".gif"))))
+        pictures = [utils.make_grid(x, caption) for x in [*frames, shown[0][:GRID_LIMIT]]]
+        print("gif     ", utils.save_animation(pictures, utils.new_path(grid.with_suffix(".gif"))))
     if args.out:
-        for i, picture in enumerate(utils.to_pictures(x_0)):
-            utils.save_picture(picture, Path(args.out) / f"{i:05d}.png")
         print("images  ", args.out)
 
 
-def prepare_out(out: Path) -> None:
-    """Make the folder for single images; UserError if it holds some, which would be lost or mixed in."""
-    out.mkdir(parents=True, exist_ok=True)
-    there = utils.image_files(out)
-    if there:
-        raise UserError(
-            f"--out {out} already holds images, such as {there[0].name}: name a new or empty folder"
-        )
+def prepare_folders(samples: Path, out: str | None) -> None:
+    """Make the folders for the grid and for single images; UserError, before any work, if they can't be
+    written to.
+
+    `out` must hold no images yet: they would be lost, or mixed with ours in what an FID tool reads.
+    """
+    for folder in (samples, Path(out) if out else samples):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"folder {folder} can't be written to: copy the run, or name another --out")
+    if out and utils.image_files(Path(out)):
+        raise UserError(f"--out {out} already holds images: name a new or an empty folder")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -33,6 +33,11 @@ HERE = Path(__file__).resolve().parent
 
 class UserError(Exception):
     """Something the user can put right; its text is one clear line that says how."""
+
+
+def note(message: str) -> None:
+    """Tell the user of something that did not stop the work."""
+    print(f"note: {message}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -308,6 +313,11 @@ def folder(root: Path, split: str) -> Source:
     else:
         flat = image_files(root)
         source = Source(flat, root=root) if flat else labelled_folders(root)
+        if flat and class_folders(root):
+            print(
+                f"note: of {root} only the images directly in it are used, not its sub-folders",
+                file=sys.stderr,
+            )
     if not source.images:
         raise UserError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return source
@@ -376,7 +386,7 @@ def stanfordcars(root: Path, split: str) -> Source:
 
 
 def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
-    """The folder of Stanford Cars' images, and those in which names.csv or devkit/ may lie; else UserError."""
+    """The folder of Stanford Cars' images, and those where names.csv or devkit/ may lie; else UserError."""
     root, flat = root.absolute(), f"cars_{split}"
     parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
     bases = [root] + [f for f in class_folders(root) if "car" in f.name.lower()]
@@ -415,13 +425,13 @@ def read_mat(path: Path) -> dict | None:
     try:
         from scipy.io import loadmat
     except ImportError:
-        print(f"note: {path.name} was not read: that takes `pip install scipy`", file=sys.stderr)
+        note(f"{path.name} was not read: that takes `pip install scipy`")
         return None
     return loadmat(str(path), squeeze_me=True)
 
 
 def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | None:
-    """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or the devkit."""
+    """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or a .mat."""
     annotations = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
     if path := car_file(near, f"anno_{split}.csv"):  # file name, box, class number
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -488,14 +498,15 @@ def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.n
 
     images = np.empty((len(source.images), channels, size, size), np.uint8)
     kept = []
-    with ThreadPoolExecutor(workers) as pool:  # threads: Pillow decodes and resizes outside Python's lock
-        decoded = pool.map(try_read, source.images)
-        for i, image in enumerate(
-            tqdm(decoded, "decoding images", len(source.images), unit="img", leave=False)
-        ):
+    pool = ThreadPoolExecutor(workers)  # threads: Pillow decodes and resizes outside Python's lock
+    decoded = tqdm(pool.map(try_read, source.images), "decoding", len(images), unit="img", leave=False)
+    try:
+        for i, image in enumerate(decoded):
             if image is not None:
                 images[len(kept)] = image
                 kept.append(i)
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
     return images[: len(kept)], np.array(kept, dtype=np.int64)
 
 
@@ -525,14 +536,14 @@ def cached_decode(
     except FileNotFoundError:
         pass
     except Exception:  # cut short or damaged, in one of zipfile's many ways: it is made anew
-        print(f"note: {cache_file} is damaged and is made anew", file=sys.stderr)
+        note(f"{cache_file} is damaged and is made anew")
     images, kept = decode(source, size, channels, workers)
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache_file) as file:
             np.savez(file, images=images, kept=kept)
     except OSError as error:
-        print(f"note: the decoded images were not cached in {cache_file}: {error.strerror}", file=sys.stderr)
+        note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
     return images, kept
 
 
@@ -564,7 +575,7 @@ def get_data(
     skipped = sorted(set(range(len(source.images))) - set(kept.tolist()))
     skipped = [str(source.images[i]) for i in skipped]
     if skipped:
-        print(f"note: {len(skipped)} unreadable images were skipped:", *skipped, sep="\n  ", file=sys.stderr)
+        note(f"{len(skipped)} unreadable images were skipped:\n  " + "\n  ".join(skipped))
     if not len(images):
         raise UserError(f"none of the {len(skipped)} images of {dataset} under {data_root} can be read")
     source = subset(source, kept)
@@ -814,6 +825,8 @@ def get_device(name: str = "auto") -> torch.device:
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not available on this machine: use --device auto or cpu")
+    torch.set_float32_matmul_precision("high")  # where there are TF32 units
+    torch.backends.cudnn.benchmark = True
     return torch.device(name)
 
 
@@ -842,6 +855,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(f"{self.prog}: error: {message} (see {self.prog} --help)"))
+
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         namespace = super().parse_args(args)
         defaults = {action.dest: action.default for action in self._actions}
@@ -854,7 +870,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of the kind `int` or `float` in [low, high], or in (low, high] if `above`."""
+    """An argparse type: a number of the kind int or float in [low, high], or in (low, high] if `above`."""
 
     def parse(text: str) -> float:
         try:
@@ -969,7 +985,7 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(fail(f"{name}: error: {error}"))
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

@@ -52,5 +52,5 @@ def error_line(result: Result) -> str:
     """The one line on stderr of a run that a user's error ended."""
     lines = [line for line in result.err.splitlines() if "error:" in line]
     assert result.code == 2, result
-    assert len(lines) == 1 and "Traceback" not in result.err, result.err
+    assert len(lines) == 1 and "Traceback" not in result.err and "usage:" not in result.err, result.err
     return lines[0]

@@ -58,7 +58,7 @@ def test_limit_is_the_start_of_a_fixed_shuffle(get):
 
 
 def test_unknown_data_set(get):
-    with pytest.raises(UserError, match="unknown data set 'cifar11'.*digits, mnist"):
+    with pytest.raises(UserError, match=r"unknown data set 'cifar11'.*digits, mnist"):
         get("cifar11")
 
 
@@ -73,7 +73,7 @@ def test_download_that_fails_is_told(get, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
-    with pytest.raises(UserError, match="no route to host.*--data-root"):
+    with pytest.raises(UserError, match=r"no route to host.*--data-root"):
         get("mnist", "nowhere")
 
 
@@ -180,7 +180,7 @@ def test_cars_in_doubled_folders(get, tmp_path):
     cars_annotations(tmp_path / "anno_train.csv", [181, 7])
     assert get("stanfordcars", tmp_path).labels.tolist() == [180, 6]
     save_image(tmp_path / "cars_train/cars_train/00003.jpg")
-    with pytest.raises(UserError, match="00003.jpg"):
+    with pytest.raises(UserError, match=r"00003\.jpg"):
         get("stanfordcars", tmp_path)
 
 

@@ -1,6 +1,7 @@
 """The forward process, the conversions between eps, x_0 and v, and the weighted loss."""
 
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_one_generator_for_each_image():
 def test_timesteps(T, steps):
     timesteps = Diffusion(T).timesteps(steps)
     assert timesteps[0] == T and timesteps[-1] == 0 and len(timesteps) == steps + 1
-    strides = [t - s for t, s in zip(timesteps, timesteps[1:], strict=False)]
+    strides = [t - s for t, s in pairwise(timesteps)]
     assert min(strides) >= 1 and max(strides) - min(strides) <= 1
 
 

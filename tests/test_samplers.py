@@ -42,7 +42,7 @@ def scalars(diffusion, x, t):
 
 
 def exact_flow(diffusion, x, t, s):
-    """Where the probability flow takes x from t to s: the same number of standard deviations from the mean."""
+    """Where the probability flow takes x from t to s: as many standard deviations from the mean."""
     ab_t, ab_s = diffusion.alpha_bar[t], diffusion.alpha_bar[s]
     z = (x - ab_t.sqrt() * M) / (ab_t * S**2 + 1 - ab_t).sqrt()
     return ab_s.sqrt() * M + (ab_s * S**2 + 1 - ab_s).sqrt() * z
@@ -258,7 +258,7 @@ def test_runge_kutta_start_costs_nine_evaluations_and_never_looks_at_0():
 
 
 def test_runge_kutta_stride_is_of_second_order():
-    """Halving a stride divides the error of one DDIM stride by 4, that of a pseudo Runge-Kutta stride by 8."""
+    """Halving a stride divides the error of a DDIM stride by 4, of a pseudo Runge-Kutta stride by 8."""
     diffusion = Diffusion(10000, "cosine")
     x = start(diffusion)
 

@@ -71,6 +71,7 @@ def test_a_run_never_overwrites_another(cli):
     before = open("runs/ddpm_digits/ckpt.pt", "rb").read()
     result = cli(*TINY, "--epochs", "1")
     assert result.code == 0 and "runs/ddpm_digits_2" in result.out
+    assert "note: runs/ddpm_digits exists" in result.err
     assert open("runs/ddpm_digits/ckpt.pt", "rb").read() == before
     cli(*TINY, "--epochs", "1", "--name", "mine")
     assert checkpoint("runs/mine")["step"] == 3
@@ -113,6 +114,22 @@ def test_first_checkpoint_stands_before_step_1(cli, monkeypatch):
     monkeypatch.setattr(ddpm.Diffusion, "loss", fail)
     assert cli(*TINY).code == 130
     assert checkpoint()["step"] == 0
+
+
+def test_a_long_epoch_is_saved_on_the_way(cli, monkeypatch):
+    monkeypatch.setattr(ddpm, "SAVE_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        calls, real = [], ddpm.Diffusion.loss
+
+        def killed_at_5(*args, **options):
+            calls.append(1)
+            if len(calls) == 5:
+                raise KeyboardInterrupt  # cuts in without saving
+            return real(*args, **options)
+
+        patch.setattr(ddpm.Diffusion, "loss", killed_at_5)
+        assert cli(*TINY).code == 130
+    assert checkpoint()["step"] == 4
 
 
 def test_random_states_are_byte_tensors(cli):

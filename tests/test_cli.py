@@ -1,0 +1,343 @@
+"""The command line: sampling, what it prints and writes, and every error a user can cause."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROJECT, TINY, error_line
+from PIL import Image
+
+import ddpm
+import utils
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with one tiny run in it, runs/ddpm_digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    before, argv = os.getcwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = ["ddpm.py", *TINY]
+    try:
+        ddpm.main()
+    finally:
+        sys.argv = argv
+        os.chdir(before)
+    return folder / "runs/ddpm_digits"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+# sampling
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(
+            "--sampler ddim",
+            "--sampler ddim --eta 1",
+            "--sampler ddpm",
+            "--sampler ddpm --variance beta --no-clip",
+        ),
+        *("--sampler pndm", "--sampler pndm --runge-kutta", "--sampler dpm_solver"),
+    ],
+)
+def test_every_sampler_writes_a_grid_and_images(cli, trained, flags, tmp_path):
+    result = cli(
+        "--sample", 5, "--checkpoint", trained, *flags.split(), "--sample-steps", 4, "--out", "single"
+    )
+    assert result.code == 0, result.err
+    grid = re.search(r"grid +(\S+)", result.out)[1]
+    assert Image.open(grid).width > 5 * 8 and "single" in result.out
+    single = utils.image_files(tmp_path / "single")
+    assert [p.name for p in single] == [f"{i:05d}.png" for i in range(5)]
+    assert all(pixels(p).shape == (8, 8) and pixels(p).dtype == np.uint8 for p in single)
+
+
+def test_images_depend_on_seed_and_number_alone(cli, trained, tmp_path):
+    flags = ["--checkpoint", trained, "--sampler", "ddpm", "--sample-steps", "5"]
+    cli("--sample", 6, *flags, "--out", "a")
+    cli("--sample", 6, *flags, "--out", "b", "--batch-size", 4)
+    cli("--sample", 2, *flags, "--out", "c")
+    cli("--sample", 6, *flags, "--out", "d", "--seed", 1)
+    a, b, c, d = ([pixels(p) for p in utils.image_files(tmp_path / name)] for name in "abcd")
+    assert (
+        np.abs(np.subtract(a, b, dtype=int)).max() <= 1
+        and np.abs(np.subtract(a[:2], c, dtype=int)).max() <= 1
+    )
+    assert not np.array_equal(a, d) and not np.array_equal(a[0], a[1])
+
+
+def test_sampling_uses_the_averaged_weights(cli, trained, tmp_path):
+    state = torch.load(trained / "ckpt.pt", weights_only=True)
+    for name, part in (("no_net", "net"), ("no_ema", "ema")):
+        changed = {**state, part: {k: v + 0.5 for k, v in state[part].items()}}
+        (tmp_path / name).mkdir()
+        torch.save(changed, tmp_path / name / "ckpt.pt")
+    for out, run in (("a", trained), ("b", "no_net"), ("c", tmp_path / "no_ema/ckpt.pt")):
+        assert cli("--sample", 2, "--checkpoint", run, "--sample-steps", 3, "--out", out).code == 0
+    assert np.array_equal(pixels("a/00001.png"), pixels("b/00001.png"))
+    assert not np.array_equal(pixels("a/00001.png"), pixels("c/00001.png"))
+
+
+def test_grids_are_numbered_not_overwritten(cli, trained):
+    flags = ["--sample", "2", "--checkpoint", str(trained), "--sample-steps", "2", "--seed", "77"]
+    first, second = (re.search(r"grid +(\S+)", cli(*flags).out)[1] for _ in range(2))
+    assert first != second and os.path.exists(first) and np.array_equal(pixels(first), pixels(second))
+
+
+def test_animation(cli, trained):
+    result = cli("--sample", 2, "--checkpoint", trained, "--sample-steps", 6, "--animate")
+    gif = Image.open(re.search(r"gif +(\S+)", result.out)[1])
+    assert gif.format == "GIF" and gif.n_frames == 7  # x_T, five on the way, and x_0
+
+    def last_and(frame):
+        gif.seek(frame)
+        return np.asarray(gif.convert("L")).astype(int)
+
+    first, end = last_and(0), last_and(6)
+    assert np.abs(first - end).mean() > 5
+
+
+def test_out_of_an_earlier_sample_is_not_mixed_or_lost(cli, trained):
+    flags = ["--sample", "2", "--checkpoint", trained, "--sample-steps", "2", "--out", "x"]
+    assert cli(*flags).code == 0
+    before = pixels("x/00000.png")
+    assert "x already holds images" in error_line(cli(*flags, "--seed", 5))
+    assert np.array_equal(pixels("x/00000.png"), before)
+
+
+def test_grid_places_images_in_order():
+    x = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).repeat(1, 1, 64, 64)
+    grid = utils.make_grid(x, columns=3).convert("L")
+    seen = [grid.getpixel((2 + 66 * (i % 3) + 30, 2 + 66 * (i // 3) + 30)) for i in range(6)]
+    assert seen == [round(255 * i / 5) for i in range(6)]
+    captioned = utils.make_grid(x, caption="a caption that is long enough to need several lines", columns=1)
+    assert captioned.height > utils.make_grid(x, columns=1).height and captioned.width == 68
+
+
+def test_pixels_are_rounded_not_truncated():
+    x = torch.tensor([-1.0, -1 + 2 * 0.6 / 255, 0.999, 3.0, -7.0]).view(5, 1, 1, 1)
+    assert utils.to_uint8(x).flatten().tolist() == [0, 1, 255, 255, 0]
+
+
+# data and devices
+
+
+def test_gray_training_on_a_folder_of_photographs(cli, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (30, 20), (50 * i, 90, 10)).save(tmp_path / f"{i}.png")
+    small = [a for a in TINY if a not in ("--limit", "48")]
+    result = cli(*small, "--dataset", "folder", "--data-root", ".", "--channels", 1, "--batch-size", 2)
+    assert result.code == 0 and "1 x 8 x 8" in result.out
+
+
+def test_batch_larger_than_the_data_is_a_note(cli):
+    result = cli(*TINY, "--batch-size", 500)
+    assert result.code == 0 and "note: the data set" in result.err
+    assert torch.load("runs/ddpm_digits/ckpt.pt", weights_only=True)["step"] == 2  # one batch an epoch
+
+
+@pytest.mark.parametrize("weighting", ddpm.WEIGHTINGS)
+def test_every_weighting_trains(cli, weighting):
+    assert (
+        cli(*TINY, "--epochs", 1, "--weighting", weighting, "--prediction", "v", "--schedule", "cosine").code
+        == 0
+    )
+
+
+def test_real_cars_and_mnist(cli, data_root):
+    tiny = [a for a in TINY if a not in ("--image-size", "8")]
+    assert cli(*tiny, "--dataset", "stanfordcars", "--data-root", data_root, "--image-size", 16).code == 0
+    assert cli(*tiny, "--dataset", "mnist", "--data-root", data_root).code == 0
+
+
+@pytest.mark.parametrize("image_size", [8, 16, 28, 32, 48, 64, 96, 128, 256])
+def test_default_networks_fit_their_sizes(image_size):
+    defaults = ddpm.unet_defaults(image_size)
+    with torch.device("meta"):
+        net = ddpm.UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")})
+    assert image_size % net.divisor == 0 and 0 not in defaults["attention"]
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
+    if image_size <= 16:
+        assert 0.7 < parameters < 1.5
+    if image_size == 64:
+        assert 15 < parameters < 25
+
+
+def test_help_names_every_flag_with_its_default(cli):
+    result = cli("--help")
+    assert result.code == 0 and "Traceback" not in result.err
+    text = " ".join(result.out.split())
+    for action in ddpm.make_parser()._actions:
+        assert action.help and action.option_strings[-1] in text
+    assert "--noise-steps T number of noise levels (default: 1000)" in text
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--dataset cifar11", "unknown data set 'cifar11': choose one of digits"),
+        ("--dataset folder --data-root nowhere", "folder nowhere does not exist"),
+        ("--dataset folder --data-root .", "holds no images"),
+        ("--image-size 18", "--image-size 18 is not divisible by 4, as 3 levels need it: try 16 or 20"),
+        ("--image-size 9 --multipliers 1 2 2 2 2", "not divisible by 16, as 5 levels need it: try 16"),
+        ("--attention 0", "none at full resolution"),
+        ("--width 7", "width must be even"),
+        ("--resume nowhere", "no checkpoint nowhere"),
+        ("--sample 4 --checkpoint nowhere", "no checkpoint nowhere"),
+        ("--sample 4", "--sample needs --checkpoint"),
+        ("--out there", "--out goes with --sample"),
+        ("--sampler ddpm --eta 1", "--eta belongs to --sampler ddim"),
+        ("--p2-gamma 2", "--p2-gamma belongs to --weighting p2"),
+        ("--sample-steps 2000", "more than the 1000 noise steps"),
+        ("--device tpu", "unknown device 'tpu'"),
+        ("--epochs 0", "expected a whole number of at least 1"),
+        ("--lr -1", "expected a number above 0"),
+        ("--lr nan", "expected a number above 0"),
+        ("--schedule karras", "invalid choice"),
+        ("--sampel 3", "unrecognized arguments"),
+        ("--runs file/runs", "file"),
+    ],
+)
+def test_errors_are_one_line(cli, tmp_path, flags, told):
+    (tmp_path / "file").write_text("in the way")
+    assert told in error_line(cli(*flags.split()))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_asked_for_and_absent(cli, device):
+    assert f"device '{device}' is not available" in error_line(cli("--device", device))
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device here")
+def test_mps_asked_for_and_absent(cli):
+    assert "device 'mps' is not available" in error_line(cli("--device", "mps"))
+
+
+def test_no_cars_is_told_with_what_to_do(cli):
+    result = cli("--dataset", "stanfordcars", "--data-root", ".")
+    assert "no Stanford Cars" in error_line(result) and "kaggle datasets download" in result.err
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.system, ("touch exploited",)
+
+
+def write_bad_checkpoints(trained):
+    good = (trained / "ckpt.pt").read_bytes()
+    state = torch.load(trained / "ckpt.pt", weights_only=True)
+    open("truncated.pt", "wb").write(good[: len(good) // 2])
+    open("empty.pt", "wb").close()
+    open("text.pt", "w").write("a text file\n")
+    pickle.dump(Exploit(), open("pickle.pt", "wb"))
+    torch.save({"kind": "ddpm", "config": Exploit()}, "exploit.pt")
+    torch.save({"kind": "classifier", "config": {}}, "classifier.pt")
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    torch.save([1, 2], "list.pt")
+    torch.save({**state, "config": {**state["config"], "width": 16}}, "other_width.pt")
+    torch.save({**state, "config": {}}, "no_config.pt")
+    return state
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("truncated.pt", "damaged"),
+        ("empty.pt", "damaged"),
+        ("text.pt", "was not loaded"),
+        ("pickle.pt", "was not loaded"),
+        ("exploit.pt", "could run code"),
+        ("classifier.pt", "of kind 'classifier'; a 'ddpm' one is needed"),
+        ("foreign.pt", "no checkpoint of this project"),
+        ("list.pt", "no checkpoint of this project"),
+        ("other_width.pt", "does not hold the network"),
+        ("no_config.pt", "does not hold the network"),
+    ],
+)
+def test_bad_checkpoints(cli, trained, tmp_path, name, told):
+    write_bad_checkpoints(trained)
+    assert told in error_line(cli("--sample", 1, "--checkpoint", name, "--sample-steps", 2))
+    if "does not hold" not in told:
+        assert told in error_line(cli("--resume", name))
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_resume_with_another_network(cli):
+    cli(*TINY)
+    before = open("runs/ddpm_digits/ckpt.pt", "rb").read()
+    for flags in (["--width", 16], ["--multipliers", 1, 2, 2], ["--schedule", "cosine"], ["--limit", 7]):
+        line = error_line(cli("--resume", "runs/ddpm_digits", "--epochs", 3, *flags))
+        assert "the run was made with" in line and flags[0] in line
+    assert open("runs/ddpm_digits/ckpt.pt", "rb").read() == before
+    assert cli("--resume", "runs/ddpm_digits", "--epochs", 3, "--width", 8).code == 0
+
+
+def test_resume_with_changed_data(cli, tmp_path):
+    for i in range(4):
+        Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
+    cli(*TINY, "--dataset", "folder", "--data-root", ".")
+    (tmp_path / "3.png").unlink()
+    assert "the data set has changed" in error_line(cli("--resume", "runs/ddpm_folder", "--epochs", 3))
+
+
+def test_sampling_takes_its_settings_from_the_checkpoint(cli, trained):
+    line = error_line(cli("--sample", 1, "--checkpoint", trained, "--width", 8))
+    assert "--width comes from the checkpoint" in line
+    assert "20 noise steps" in error_line(cli("--sample", 1, "--checkpoint", trained, "--sample-steps", 21))
+
+
+@pytest.mark.parametrize("call", ["write", "replace"])
+def test_full_disk_leaves_the_previous_checkpoint(cli, call):
+    """Room for the checkpoints of step 0 and of the first epoch, none for that of the second."""
+    saves, real_fsync, real_replace = [], os.fsync, os.replace
+
+    def full(path):
+        if str(path).endswith("ckpt.pt.tmp"):
+            saves.append(path)
+            if len(saves) == 3:
+                raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if call == "write":
+            patch.setattr(os, "fsync", lambda f: full(os.readlink(f"/proc/self/fd/{f}")) or real_fsync(f))
+        else:
+            patch.setattr(os, "replace", lambda a, b: full(a) or real_replace(a, b))
+        line = error_line(cli(*TINY))
+    assert "No space left on device" in line and "previous checkpoint is untouched" in line
+    state = torch.load("runs/ddpm_digits/ckpt.pt", weights_only=True)
+    assert state["step"] == 3 and not os.path.exists("runs/ddpm_digits/ckpt.pt.tmp")
+
+
+def test_out_of_memory_is_told(cli, monkeypatch):
+    def fail(*args, **options):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ddpm, "train", fail)
+    assert "lower --batch-size" in error_line(cli(*TINY))
+
+
+def test_as_a_process_without_matplotlib_and_scipy(tmp_path):
+    """The five run-time packages are enough, and errors leave a process with status 2."""
+    hide = "import sys; sys.modules.update(matplotlib=None, scipy=None)"
+    code = f"{hide}; import utils, ddpm; sys.argv[0] = 'ddpm.py'; utils.run_main(ddpm.main)"
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    run = subprocess.run([*command, *TINY], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    run = subprocess.run([*command, "--dataset", "x"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
