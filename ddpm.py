@@ -59,9 +59,7 @@ def simple(snr: Tensor) -> Tensor:
 
 
 def p2(snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
-    """w = 1 / (k + snr)^gamma: less for the levels of little noise, which only clean up (P2, Choi et al.
-    2022).
-    """
+    """w = 1 / (k + snr)^gamma: less where there is little noise to clean up (P2, Choi et al. 2022)."""
     return 1 / (k + snr) ** gamma
 
 
@@ -139,9 +137,7 @@ class Diffusion:
         return signal * x_0 + noise * eps, eps  # DDPM, eq. 4, reparameterised: N(sqrt(ab) x_0, (1 - ab) I)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should have said: eps, x_0, or v = sqrt(ab) eps - sqrt(1 - ab) x_0 (Salimans & Ho
-        2022).
-        """
+        """What the network should say: eps, x_0 or v = sqrt(ab) eps - sqrt(1 - ab) x_0; (B, C, H, W)."""
         signal, noise = self.scales(t, x_0)
         return {"eps": eps, "x_0": x_0, "v": signal * eps - noise * x_0}[self.prediction]
 
@@ -173,9 +169,7 @@ class Diffusion:
     def loss(
         self, net: torch.nn.Module, x_0: Tensor, y: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """The weighted squared error of the network on one batch x_0 (B, C, H, W); -> scalar (DDPM, Algorithm
-        1).
-        """
+        """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
         # Start: training step (DDPM, Algorithm 1)
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(
@@ -196,17 +190,13 @@ class Diffusion:
         return torch.randint(1, self.T + 1, (len(x_0),), generator=generator, device=device).to(x_0.device)
 
     def timesteps(self, steps: int) -> list[int]:
-        """[T, ..., 0] in `steps` strides as equal as whole numbers allow, steps + 1 entries; ValueError if
-        not 1..T.
-        """
+        """[T, ..., 0], steps + 1 entries, as even as whole numbers can be; ValueError if not 1..T steps."""
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
         return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
 
     def strides(self, x: Tensor, timesteps: Sequence[int]) -> Iterator[tuple[Tensor, float, float]]:
-        """For each stride t -> s of a list of timesteps: t (B,) as networks want it, alpha_bar_t and
-        alpha_bar_s.
-        """
+        """For each stride t -> s of a list of timesteps: t (B,), alpha_bar_t and alpha_bar_s."""
         for t, s in pairwise(timesteps):
             yield (
                 torch.full((len(x),), t, device=x.device),
@@ -249,9 +239,7 @@ def ddpm(
 
 
 def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float = 0.0) -> Tensor:
-    """From x_t to x_s (less its fresh noise), if eps is the noise in x_t (DDIM, eq. 12; PNDM's transfer
-    part).
-    """
+    """From x_t to x_s, less its fresh noise, if x_t holds `eps` (DDIM, eq. 12; PNDM, the transfer part)."""
     x_0 = (x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5  # "predicted x_0"
     return ab_s**0.5 * x_0 + (1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
 
@@ -374,9 +362,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "pndm": pndm, "dpm_solver": dpm_solver}
 
 
 def clip_x_0(diffusion: Diffusion, eps_theta: Denoiser) -> Denoiser:
-    """The denoiser with its x_0 clipped to [-1, 1] and eps derived from that anew; the outermost wrapper, for
-    pixels.
-    """
+    """The denoiser with its x_0 clipped to [-1, 1] and eps derived anew: the outermost wrapper."""
 
     def clipped(x_t: Tensor, t: Tensor) -> Tensor:
         x_0, _ = diffusion.split(eps_theta(x_t, t), x_t, t, "eps")
@@ -393,9 +379,7 @@ SAVE_SECONDS = 600  # within a long epoch, save this often
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Linear warm-up over `warmup` steps (at most a tenth of the run), then half a cosine from `peak` to 0 at
-    `total`.
-    """
+    """Linear warm-up (over at most a tenth of the run), then half a cosine from `peak` to 0 at `total`."""
     warmup = min(warmup, total // 10)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -411,9 +395,7 @@ def random_states(generator: torch.Generator) -> dict:
 def restore(
     checkpoint: dict, net: torch.nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, generator
 ) -> None:
-    """Put a checkpoint's weights, optimizer and random states in place; UserError where they do not fit the
-    network.
-    """
+    """Put a checkpoint's weights, optimizer and random states in place; UserError where they don't fit."""
     try:
         net.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
@@ -471,9 +453,7 @@ def train(
     saved_at = time.monotonic()
 
     def check() -> None:
-        """Read the pending losses, add them up, and stop if one is not finite: nothing after it is ever
-        saved.
-        """
+        """Read the pending losses, add them up, and stop if one is not finite: nothing later is saved."""
         nonlocal loss_sum
         for i, (loss, norm) in enumerate(torch.stack(pending).tolist() if pending else []):
             if not math.isfinite(loss) or not math.isfinite(norm):
@@ -556,9 +536,9 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("diffusion").add_argument
     add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
     schedule = "of the noise: %(choices)s"
-    add("--schedule", choices=list(SCHEDULES), default="linear", metavar="NAME", help=schedule)
+    add("--schedule", choices=list(SCHEDULES), default="cosine", metavar="NAME", help=schedule)
     predicted = "what the network predicts: %(choices)s"
-    add("--prediction", choices=list(PLAIN_MSE), default="eps", metavar="NAME", help=predicted)
+    add("--prediction", choices=list(PLAIN_MSE), default="v", metavar="NAME", help=predicted)
     weighted = "of the noise levels in the loss: %(choices)s (default: plain MSE on the prediction)"
     add("--weighting", choices=list(WEIGHTINGS), metavar="NAME", help=weighted)
     add("--p2-gamma", type=real(0), default=1.0, metavar="G", help="--weighting p2: 1 / (k + snr)^gamma")
@@ -569,7 +549,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 25 for digits, else 80)")
+    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 24 for digits, else 80)")
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
     rate = "peak learning rate of AdamW (default: by image size)"
@@ -657,11 +637,9 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def unet_defaults(image_size: int) -> dict:
-    """The network and its training as they suit an image size (pixels), where the command line leaves them
-    open.
-    """
-    if image_size <= 16:  # 1.1 M parameters
-        return dict(width=32, multipliers=[1, 2, 2], blocks=1, attention=[2], batch_size=32, lr=1e-3)
+    """The network and its training as they suit an image size, where the command line leaves them open."""
+    if image_size <= 16:  # 1.0 M parameters
+        return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=32, lr=2e-3)
     if image_size <= 32:  # 6.5 M
         return dict(width=64, multipliers=[1, 2, 2], blocks=2, attention=[2], batch_size=64, lr=5e-4)
     if image_size <= 64:  # 22 M
@@ -673,9 +651,7 @@ def unet_defaults(image_size: int) -> dict:
 
 
 def fill_network_defaults(args: argparse.Namespace) -> None:
-    """Settle the network and its training for args.image_size; UserError if the size does not fit the
-    network.
-    """
+    """Settle the network and its training for args.image_size; UserError if that does not fit the network."""
     if args.attention is None and args.multipliers is not None:
         args.attention = [len(args.multipliers) - 1] if len(args.multipliers) > 1 else []
     for dest, value in unet_defaults(args.image_size).items():
@@ -696,7 +672,7 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     """Settle what depends on the data set; a note where the batch is larger than the set."""
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
-    args.epochs = args.epochs or (25 if args.dataset == "digits" else 80)
+    args.epochs = args.epochs or (24 if args.dataset == "digits" else 80)
     args.preview_every = args.preview_every or max(1, args.epochs // 5)
     if args.batch_size > len(data.images):
         utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
@@ -723,9 +699,7 @@ def make_diffusion(config: dict) -> Diffusion:
 
 
 def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diffusion, dict]:
-    """The averaged network of a run, its diffusion process and its checkpoint; UserError where they don't
-    fit.
-    """
+    """The averaged network of a run, its diffusion and its checkpoint; UserError where they don't fit."""
     checkpoint = utils.load_checkpoint(path, kind)
     try:
         net = make_net(checkpoint["config"])
@@ -757,9 +731,7 @@ def sample_images(
     args: argparse.Namespace,
     generators: list[torch.Generator],
 ) -> Tensor:
-    """From x_T to x_0, (B, C, H, W), by the sampler, steps and clipping in `args`, image i drawing from
-    generator i.
-    """
+    """From x_T to x_0 (B, C, H, W) by the sampler, steps and clipping in `args`; one generator an image."""
     denoiser = eps_theta if args.no_clip else clip_x_0(diffusion, eps_theta)
     options = {
         dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
@@ -769,9 +741,7 @@ def sample_images(
 
 
 def make_preview(diffusion: Diffusion, shape: Sequence[int], device: torch.device, run: Path, args):
-    """`preview(net, epoch)`: sample from a network, always from the same noise, into a grid in the run's
-    folder.
-    """
+    """`preview(net, epoch)`: sample from a network, always from the same noise, into the run's folder."""
     count = 64 if args.image_size <= 32 else 16
 
     def preview(net: torch.nn.Module, epoch: int) -> None:
@@ -876,9 +846,7 @@ GRID_LIMIT = 256  # images shown in a grid; --out gets them all
 
 
 def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
-    """Draw --sample images from the averaged weights of --checkpoint; write a grid and what else is asked
-    for.
-    """
+    """Draw --sample images from the averaged weights of --checkpoint, into a grid and what is asked for."""
     device = utils.get_device(args.device)
     net, diffusion, checkpoint = load_network(args.checkpoint, kind, device)
     config = checkpoint["config"]

@@ -26,9 +26,7 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with min(32, channels // 4) groups, or the next smaller number of groups that divides
-    `channels`.
-    """
+    """GroupNorm with min(32, channels // 4) groups, or the next smaller number that divides `channels`."""
     groups = max(1, min(32, channels // 4))
     while channels % groups:
         groups -= 1
@@ -36,9 +34,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
-    """Ho et al.'s initialisation: Xavier-uniform weights, or zeros for a layer that ends a residual branch;
-    zero bias.
-    """
+    """Ho et al.'s initialisation: Xavier-uniform weights, or zeros to end a residual branch; zero bias."""
     nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

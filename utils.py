@@ -52,16 +52,12 @@ MAX_BETA = 0.999  # beta = 1 would leave no signal, and x_0 could not be read of
 
 
 def scaled_betas(betas_at_1000: torch.Tensor) -> torch.Tensor:
-    """Betas published for T = 1000, sampled at T points -> the betas for T steps, clamped to MAX_BETA; (T,)
-    -> (T,).
-    """
+    """Betas published for T = 1000, taken at T points, scaled by 1000 / T and clamped; (T,) -> (T,)."""
     return (betas_at_1000 * 1000 / len(betas_at_1000)).clamp(max=MAX_BETA)
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[torch.Tensor], torch.Tensor], T: int) -> torch.Tensor:
-    """beta_t = 1 - alpha_bar(t/T) / alpha_bar((t-1)/T), clamped to MAX_BETA; -> (T,) (Nichol & Dhariwal 2021,
-    sec. 3.2).
-    """
+    """1 - alpha_bar(t/T) / alpha_bar((t-1)/T), clamped (Nichol & Dhariwal 2021, section 3.2); -> (T,)."""
     bar = alpha_bar(torch.linspace(0, 1, T + 1, dtype=torch.float64))  # (T+1,)
     return (1 - bar[1:] / bar[:-1]).clamp(max=MAX_BETA)
 
@@ -72,9 +68,7 @@ def linear(T: int) -> torch.Tensor:
 
 
 def quadratic(T: int) -> torch.Tensor:
-    """sqrt(beta) from sqrt(1e-4) to sqrt(0.02) in equal steps: gentler at first (Ho et al. 2020, code); ->
-    (T,).
-    """
+    """sqrt(beta) from sqrt(1e-4) to sqrt(0.02) in equal steps (the code of Ho et al. 2020); -> (T,)."""
     return scaled_betas(torch.linspace(1e-4**0.5, 0.02**0.5, T, dtype=torch.float64) ** 2)
 
 
@@ -89,23 +83,23 @@ def constant(T: int) -> torch.Tensor:
 
 
 def jsd(T: int) -> torch.Tensor:
-    """beta_t = 1 / (T - t + 1), so that alpha_bar_t = 1 - t / T falls in a straight line (Sohl-Dickstein
-    2015); -> (T,).
-    """
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t / T (Sohl-Dickstein et al. 2015); -> (T,)."""
     return (1 / torch.linspace(T, 1, T, dtype=torch.float64)).clamp(max=MAX_BETA)
 
 
 def cosine(T: int) -> torch.Tensor:
-    """alpha_bar(u) = cos^2((u + s) / (1 + s) pi/2) / cos^2(s / (1 + s) pi/2), s = 0.008; -> (T,) (Nichol &
-    Dhariwal 2021, eq. 17).
+    """alpha_bar(u) = f(u) / f(0), f(u) = cos^2((u + s) / (1 + s) pi / 2), s = 0.008; -> (T,).
+
+    Less noise early and late than `linear` (Nichol & Dhariwal 2021, eq. 17).
     """
     s = 0.008
     return betas_from_alpha_bar(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
 
 
 def laplace(T: int) -> torch.Tensor:
-    """log snr(u) = -b sgn(0.5 - u) log(1 - 2|u - 0.5|), b = 0.5: most steps near snr = 1; -> (T,) (Hang et
-    al. 2024).
+    """log snr(u) = -b sgn(0.5 - u) log(1 - 2 |u - 0.5|), b = 0.5; -> (T,).
+
+    Most steps lie near snr = 1, as if log snr were drawn from a Laplace distribution (Hang et al. 2024).
     """
     b = 0.5
 
@@ -117,8 +111,7 @@ def laplace(T: int) -> torch.Tensor:
 
 
 def flow(T: int) -> torch.Tensor:
-    """snr(u) = ((1 - u) / u)^2: flow matching's straight line (1 - u) x_0 + u eps, rescaled to unit variance;
-    -> (T,).
+    """snr(u) = ((1 - u) / u)^2, that of flow matching's straight line (1 - u) x_0 + u eps; -> (T,).
 
     Rectified flow (Liu et al. 2022) is one more noise schedule: dividing the line by sqrt((1 - u)^2 + u^2)
     makes it sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps, and any network and sampler here takes it from
@@ -159,9 +152,7 @@ IMAGE_FORMATS = [
 
 @dataclass
 class Source:
-    """Images before they are decoded: files or one array (N, h, w) or (N, h, w, 3) uint8, and what is known
-    of them.
-    """
+    """Images yet to be decoded: files, or uint8 (N, h, w) or (N, h, w, 3), and what is known of them."""
 
     images: list[Path] | np.ndarray
     labels: list[int] | None = None  # 0-based
@@ -175,9 +166,7 @@ class Source:
 
 @dataclass
 class Data:
-    """A data set in memory: images (N, C, H, W) uint8 and, where known, labels (N,) int64 (0-based) or N
-    captions.
-    """
+    """Images (N, C, H, W) uint8 in memory and, where known, labels (N,) int64 (0-based) or N captions."""
 
     images: torch.Tensor
     labels: torch.Tensor | None = None
@@ -291,9 +280,7 @@ def labelled_folders(folder: Path) -> Source:
 
 
 def folder(root: Path, split: str) -> Source:
-    """A folder of images: flat, one sub-folder a class, or with captions in metadata.jsonl; `train/`, `test/`
-    if there.
-    """
+    """Images in one folder, in one sub-folder a class, or as listed with captions in metadata.jsonl."""
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
     sub_folders = {f.name for f in class_folders(root)}
@@ -486,9 +473,7 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
 
 
 def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every image of a source by `read_image`; -> (M, C, size, size) uint8 and the positions (M,) of those
-    that could be read.
-    """
+    """All images of a source; -> (M, C, size, size) uint8, and the positions (M,) of those read."""
 
     def try_read(image: Path | np.ndarray) -> np.ndarray | None:
         try:
@@ -622,9 +607,7 @@ class Loader:
         return math.ceil(len(self.images) / self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The batches of an epoch from number `start` on: x_0 (B, C, H, W) float32 in [-1, 1], and y (B, ...)
-        or None.
-        """
+        """Batches of an epoch from number `start` on: x_0 (B, C, H, W) in [-1, 1], and y (B, ...) or None."""
         generator = seeded_generator(self.seed, epoch)
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
@@ -648,9 +631,7 @@ def seeded_generator(*seed: int) -> torch.Generator:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` at the end, in one step: at any moment `path` is
-    whole.
-    """
+    """A file to write to that takes the place of `path` in one step at the end; `path` is always whole."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -664,9 +645,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def new_path(path: Path) -> Path:
-    """`path`, or where that is taken, the first of `path_2`, `path_3`, ... that is free (the suffix stays at
-    the end).
-    """
+    """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix)."""
     candidate, number = path, 2
     while candidate.exists():
         candidate, number = path.with_name(f"{path.stem}_{number}{path.suffix}"), number + 1
@@ -727,9 +706,7 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 class Log:
-    """log.csv, one row an epoch; rows later than `step` are dropped, for the steps they tell of will be taken
-    again.
-    """
+    """log.csv, a row an epoch; rows later than `step` are dropped, for those steps will be taken again."""
 
     COLUMNS = ("epoch", "step", "loss", "lr", "images_per_second", "seconds")
 
@@ -804,9 +781,7 @@ def save_picture(picture: Image.Image, path: Path, **options) -> Path:
 
 
 def save_animation(frames: list[Image.Image], path: Path) -> Path:
-    """Write Pillow images of one size as a GIF that plays in about four seconds and rests on its last; -> the
-    path.
-    """
+    """Write Pillow images of one size as a GIF of about four seconds that rests on its last; -> the path."""
     durations = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
     return save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
@@ -848,9 +823,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in its help, and a note in the result of which flags were really typed
-    (`args.typed`).
-    """
+    """argparse with defaults in its help, errors of one line, and the flags really typed in `args.typed`."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
@@ -938,9 +911,7 @@ def flag(dest: str) -> str:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets, so that a loop can end between two steps; a second
-    one cuts in.
-    """
+    """An event that the first Ctrl-C (or SIGTERM) sets, to stop between two steps; a second one cuts in."""
     stop = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
@@ -965,9 +936,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argparse.Namespace:
-    """The settings of a run that goes on: its own, save for typed flags in `free`; UserError where others
-    differ.
-    """
+    """The settings of a run that goes on: its own, save for typed flags in `free`; UserError for others."""
     for dest in sorted(args.typed - free):
         if getattr(args, dest) != config.get(dest):
             raise UserError(

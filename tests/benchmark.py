@@ -64,7 +64,7 @@ def training_step(
 
 
 def loading(folder: Path, device: torch.device) -> tuple[Callable, Callable]:
-    """An epoch over image files: decoded by a DataLoader's workers every time, or sliced from the one array."""
+    """An epoch over image files: decoded by a DataLoader's workers, or sliced from the one array."""
     for i in range(600):
         (folder / "class").mkdir(exist_ok=True)
         noise = torch.randint(0, 256, (12, 16, 3), dtype=torch.uint8).numpy()

@@ -54,7 +54,7 @@ def test_a_run_is_one_folder(cli):
     assert state["kind"] == "ddpm" and state["epoch"] == 2 and state["step"] == 6
     assert state["class_names"] == list("0123456789")
     config = json.load(open("runs/ddpm_digits/config.json"))
-    assert config == state["config"] and config["width"] == 8 and config["lr"] == 1e-3
+    assert config == state["config"] and config["width"] == 8 and config["lr"] == 2e-3
     rows = list(csv.DictReader(open("runs/ddpm_digits/log.csv")))
     assert [row["epoch"] for row in rows] == ["1", "2"] and [row["step"] for row in rows] == ["3", "6"]
     assert all(0 < float(row["loss"]) < 10 for row in rows)
