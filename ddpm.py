@@ -31,9 +31,7 @@ import utils
 from modules import EMA, UNet
 from utils import SCHEDULES, Loader, Stopped, UserError, flag, real, whole
 
-Denoiser = Callable[
-    [Tensor, Tensor], Tensor
-]  # eps_theta(x_t, t) -> eps, (B, C, H, W) and (B,) -> (B, C, H, W)
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t (B, C, H, W), t (B,)) -> eps (B, C, H, W)
 Generators = torch.Generator | Sequence[torch.Generator] | None  # one, or one for each image
 
 
@@ -83,12 +81,11 @@ PLAIN_MSE = {"eps": simple, "x_0": mse_x_0, "v": mse_v}  # for each prediction: 
 
 
 class Diffusion:
-    """The forward process q(x_t | x_0), what a network is trained to predict, and how its output is turned
-    into eps.
+    """The forward process q(x_t | x_0), what a network is trained to say of it, and how that becomes eps.
 
     `alpha_bar` (T+1,) float64 on the CPU; `prediction` is what the network's output means: "eps", "x_0" or
     "v"; `weighting` is a name in WEIGHTINGS or any w(snr), None being plain MSE on what is predicted.
-    ValueError for T < 2.
+    ValueError for T < 2 or an unknown name.
     """
 
     def __init__(
@@ -100,17 +97,18 @@ class Diffusion:
     ):
         if noise_steps < 2 or prediction not in PLAIN_MSE:
             raise ValueError(f"noise_steps must be at least 2 and prediction one of {', '.join(PLAIN_MSE)}")
+        if isinstance(schedule, str) and schedule not in SCHEDULES:
+            raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
+        if isinstance(weighting, str) and weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
         self.T, self.prediction = noise_steps, prediction
         betas = (SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(noise_steps)  # (T,)
         one = torch.ones(1, dtype=torch.float64)
-        self.alpha_bar = torch.cat(
-            [one, (1 - betas.double()).cumprod(0)]
-        )  # (T+1,) alpha_bar_t = prod (1 - beta)
+        self.alpha_bar = torch.cat([one, (1 - betas.double()).cumprod(0)])  # (T+1,) prod (1 - beta), eq. 4
 
         snr = self.alpha_bar[1:] / (1 - self.alpha_bar[1:])  # (T,)
         w = PLAIN_MSE[prediction] if weighting is None else WEIGHTINGS.get(weighting, weighting)
-        # error of eps = snr x error of x_0 = alpha_bar x error of v, all squared: w for eps becomes that for
-        # the output
+        # Squared errors: of eps = snr x of x_0 = alpha_bar x of v. So w becomes the weight of the output's.
         factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
         self.tables = {
             "signal": self.alpha_bar.sqrt(),
@@ -172,17 +170,11 @@ class Diffusion:
         """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
         # Start: training step (DDPM, Algorithm 1)
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
-        x_t, eps = self.noise_images(
-            x_0, t, generator
-        )  # line 4: eps ~ N(0, I), and the x_t that line 5 feeds in
+        x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); eq. 4: the x_t of line 5
         out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or the network's x_0 or v
-        error = (
-            (out - self.target(x_0, eps, t)).square().mean(dim=(1, 2, 3), keepdim=True)
-        )  # line 5: || ... ||^2
-        return (
-            self.lookup("weight", t, x_0) * error
-        ).mean()  # weighted by noise level; L_simple for weight 1
-        # End (line 5's gradient step is in train())
+        error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3), keepdim=True)  # line 5: ||...||^2
+        return (self.lookup("weight", t, x_0) * error).mean()  # by noise level; weight 1 is eq. 14, L_simple
+        # End (the gradient step of line 5 is in train())
 
     def sample_timesteps(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """t ~ Uniform({1, ..., T}) for each image; -> (B,) int64."""
@@ -307,11 +299,10 @@ def pndm(
 def runge_kutta_eps(
     diffusion: Diffusion, eps_theta: Denoiser, x: Tensor, eps_1: Tensor, t: int, s: int
 ) -> Tensor:
-    """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t) (PNDM,
-    section 3.3).
+    """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t).
 
-    The half step is (t + s + 1) // 2, and a stride that ends in 0 looks ahead to 1: no network was trained at
-    t = 0.
+    PNDM, section 3.3. The half step is (t + s + 1) // 2, and a stride that ends in 0 looks ahead to 1: no
+    network was trained at t = 0.
     """
     half, end = (t + s + 1) // 2, max(s, 1)
 
@@ -346,8 +337,8 @@ def dpm_solver(
         D = x_0  # the first stride, and one that ends in 0, are of first order
         if x_0_before is not None and ab_s < 1:
             r = h_before / h
-            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before  # line 6
-        x = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * x - ab_s**0.5 * math.expm1(-h) * D  # line 7
+            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before  # x_0 half a stride on, extrapolated
+        x = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * x - ab_s**0.5 * math.expm1(-h) * D  # the flow for constant D
         x_0_before, h_before = x_0, h
     return x
     # End
@@ -405,10 +396,9 @@ def restore(
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
-    if (
-        checkpoint["rng"]["train"].numel() == generator.get_state().numel()
-    ):  # else it ran on another kind of device
-        generator.set_state(checkpoint["rng"]["train"])
+    state = checkpoint["rng"]["train"]
+    if state.numel() == generator.get_state().numel():  # else the run began on another kind of device
+        generator.set_state(state)
 
 
 def train(
@@ -491,10 +481,8 @@ def train(
         for epoch in range(step // per_epoch, epochs):
             bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
             started, images = time.monotonic(), 0
-            for x_0, y in loader.epoch(
-                epoch, start=step % per_epoch
-            ):  # DDPM, Algorithm 1 line 2: x_0 ~ q(x_0)
-                # Start: gradient step (DDPM, Algorithm 1 line 5)
+            for x_0, y in loader.epoch(epoch, start=step % per_epoch):
+                # Start: gradient step (DDPM, Algorithm 1; line 2: x_0 ~ q(x_0) came from the loader)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, epochs * per_epoch, lr, warmup)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -604,11 +592,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-SAMPLER_FLAGS = {
-    "eta": "ddim",
-    "variance": "ddpm",
-    "runge_kutta": "pndm",
-}  # flag -> the sampler it belongs to
+SAMPLER_FLAGS = {"eta": "ddim", "variance": "ddpm", "runge_kutta": "pndm"}  # which sampler a flag belongs to
 WEIGHTING_FLAGS = {"p2_gamma": "p2", "p2_k": "p2", "min_snr_gamma": "min_snr"}
 FOR_SAMPLING = {  # flags that mean something beside --sample; the other settings come from the checkpoint
     *("sample", "checkpoint", "out", "animate", "batch_size", "device", "seed"),

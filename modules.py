@@ -74,10 +74,8 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, HW, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[
-            :, 0
-        ]  # softmax(q k' / sqrt(C)) v
-        return x + self.out(h.transpose(1, 2).reshape(x.shape))
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])  # softmax(q k' / sqrt(C)) v
+        return x + self.out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Module):

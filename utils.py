@@ -138,16 +138,8 @@ SCHEDULES = {
 # function, a dict entry.
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-IMAGE_FORMATS = [
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-    "PPM",
-    "MPO",
-]  # none that Pillow hands to a program
+# What files may hold whatever their suffix: no format that Pillow hands to another program, as it does EPS.
+IMAGE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 
 
 @dataclass
@@ -452,15 +444,11 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
 
     Raises OSError, ValueError or what else Pillow raises on a file that is no image.
     """
-    picture = (
-        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image, formats=IMAGE_FORMATS)
-    )
-    with picture:
+    array = isinstance(image, np.ndarray)
+    with Image.fromarray(image) if array else Image.open(image, formats=IMAGE_FORMATS) as picture:
         picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
         picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith(
-            ("I", "F")
-        ):  # 16 bits (or 32) a pixel: Pillow's own conversion would clip at 255
+        if picture.mode.startswith(("I", "F")):  # 16 bits or floats, which convert("L") would cut off at 255
             values = np.asarray(picture).astype(np.float64)
             scale = 255 / 65535 if picture.mode.startswith("I") else (255 if values.max() <= 1 else 1)
             picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))

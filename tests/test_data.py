@@ -30,18 +30,8 @@ def get(tmp_path, monkeypatch):
 def test_digits(get):
     data = get("digits")
     assert data.images.shape == (1797, 1, 16, 16) and data.images.dtype == torch.uint8
-    assert data.labels.bincount().tolist() == [
-        178,
-        182,
-        177,
-        183,
-        181,
-        182,
-        181,
-        179,
-        174,
-        180,
-    ]  # UCI's counts
+    ucis = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert data.labels.bincount().tolist() == ucis
     assert data.class_names == list("0123456789") and not data.flip
     assert data.images.min() == 0 and data.images.max() == 255
     assert get("digits", image_size=8, channels=3).images.shape == (1797, 3, 8, 8)
@@ -148,11 +138,7 @@ def test_cars_by_classes_from_kaggle(get, tmp_path, folder):
     for where in (tmp_path, root, root / "car_data", root / "car_data/car_data"):
         data = get("stanfordcars", where)
         assert data.class_names == NAMES
-        assert sorted(data.labels.tolist()) == [
-            0,
-            2,
-            3,
-        ]  # class 1, class 3 ("Ram C/V", folder "Ram C-V"), class 4
+        assert sorted(data.labels.tolist()) == [0, 2, 3]  # with "Ram C/V", whose folder is "Ram C-V"
         test = get("stanfordcars", where, split="test")
         assert test.labels.tolist() == [1] and test.class_names == NAMES
 
@@ -414,9 +400,7 @@ def test_an_epoch_is_every_image_once():
     assert [len(x) for x, _ in batches] == [4, 4, 2] and len(loader) == 3
     x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
     assert sorted(y.tolist()) == list(range(10)) and y.tolist() != list(range(10))
-    assert torch.allclose(
-        x[:, 0, 0, 0], y / 127.5 - 1
-    )  # image and label stay together; uint8 becomes [-1, 1]
+    assert torch.allclose(x[:, 0, 0, 0], y / 127.5 - 1)  # image and label stay together, in [-1, 1]
 
 
 def test_epochs_differ_and_can_be_repeated_and_entered_anywhere():

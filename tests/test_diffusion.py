@@ -178,7 +178,8 @@ def test_timesteps(T, steps):
 
 
 def test_bad_settings():
-    for bad in (dict(noise_steps=1), dict(prediction="x")):
+    bad_names = (dict(prediction="x"), dict(schedule="x"), dict(weighting="x"))
+    for bad in (dict(noise_steps=1), *bad_names):
         with pytest.raises(ValueError):
             Diffusion(**bad)
     for steps in (0, 1001):

@@ -68,17 +68,8 @@ def test_number_of_blocks_and_skips():
     """
     net = UNet(3, width=32, multipliers=(1, 2, 2), blocks=2, attention=(1,))
     assert [len(level) for level in net.down] == [2, 2, 2] and [len(level) for level in net.up] == [3, 3, 3]
-    skips = [
-        32,
-        32,
-        32,
-        32,
-        64,
-        64,
-        64,
-        64,
-        64,
-    ]  # conv_in, then two blocks and a downsample a level (not the last)
+    # conv_in, then two blocks and a downsample a level, the last level without
+    skips = [32] * 4 + [64] * 5
     for level in net.up:
         for stage in level:
             assert stage.block.norm1.num_channels - skips.pop() in (32, 64)

@@ -132,9 +132,8 @@ def test_stochastic_sampler_is_its_recursion_draw_by_draw(name, options, schedul
         assert torch.allclose(
             got.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
         )
-        assert next(drawn, None) == (
-            5.0 if timesteps[-1] == 0 else None
-        )  # no noise in a stride that ends in x_0
+        left = 5.0 if timesteps[-1] == 0 else None  # no noise is drawn in a stride that ends in x_0
+        assert next(drawn, None) == left
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
