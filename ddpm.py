@@ -537,7 +537,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 24 for digits, else 80)")
+    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 22 for digits, else 80)")
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
     rate = "peak learning rate of AdamW (default: by image size)"
@@ -656,7 +656,7 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     """Settle what depends on the data set; a note where the batch is larger than the set."""
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
-    args.epochs = args.epochs or (24 if args.dataset == "digits" else 80)
+    args.epochs = args.epochs or (22 if args.dataset == "digits" else 80)
     args.preview_every = args.preview_every or max(1, args.epochs // 5)
     if args.batch_size > len(data.images):
         utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")

@@ -139,7 +139,7 @@ SCHEDULES = {
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 # What files may hold whatever their suffix: no format that Pillow hands to another program, as it does EPS.
-IMAGE_FORMATS = ["JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
+IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 
 
 @dataclass
