@@ -1,14 +1,13 @@
-"""Denoising diffusion from scratch: the mathematics, the losses, the samplers, the training loop, the command
-line.
+"""Denoising diffusion from scratch: the mathematics, losses, samplers, training loop and command line.
 
 Read it from top to bottom with the papers open: DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), DDIM
 (Song et al. 2021, https://arxiv.org/abs/2010.02502), PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778)
 and DPM-Solver++ (Lu et al. 2022, https://arxiv.org/abs/2211.01095). t runs 1..T as in DDPM; alpha_bar[0] = 1
 is the clean image.
 
-python ddpm.py                                                 train on the embedded digits, then look at
-runs/ python ddpm.py --epochs 80 --dataset stanfordcars              train on Stanford Cars python ddpm.py
---sample 64 --checkpoint runs/ddpm_digits       sample from what was trained
+    python ddpm.py                                            train on the embedded digits
+    python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
+    python ddpm.py --sample 64 --checkpoint runs/ddpm_digits  sample from what was trained
 """
 
 import argparse
@@ -19,6 +18,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -233,7 +233,7 @@ def ddpm(
 def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float = 0.0) -> Tensor:
     """From x_t to x_s, less its fresh noise, if x_t holds `eps` (DDIM, eq. 12; PNDM, the transfer part)."""
     x_0 = (x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5  # "predicted x_0"
-    return ab_s**0.5 * x_0 + (1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
+    return ab_s**0.5 * x_0 + max(0.0, 1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
 
 
 @torch.no_grad()
@@ -391,7 +391,7 @@ def restore(
         net.load_state_dict(checkpoint["net"])
         ema.net.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint does not fit this network: {str(error).splitlines()[0]}") from None
     torch.set_rng_state(checkpoint["rng"]["cpu"])
     if len(checkpoint["rng"]["cuda"]) == torch.cuda.device_count() > 0:
@@ -485,7 +485,7 @@ def train(
                 # Start: gradient step (DDPM, Algorithm 1; line 2: x_0 ~ q(x_0) came from the loader)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, epochs * per_epoch, lr, warmup)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                     loss = loss_fn(model, x_0, y, generator)  # lines 3 and 4, and the error of line 5
                 optimizer.zero_grad()
                 loss.backward()  # line 5: its gradient in theta
@@ -499,17 +499,19 @@ def train(
                 if len(pending) >= CHECK_EVERY:
                     check()
                     bar.set_postfix(loss=f"{loss_sum / ((step - 1) % per_epoch + 1):.4f}", refresh=False)
-                if step % per_epoch and (stop.is_set() or time.monotonic() - saved_at > SAVE_SECONDS):
+                stopping = stop.is_set()
+                if step % per_epoch and (stopping or time.monotonic() - saved_at > SAVE_SECONDS):
                     save()
-                    if stop.is_set():
+                    if stopping:
                         raise Stopped
             check()
             log.add(epoch + 1, step, loss_sum / per_epoch, optimizer.param_groups[0]["lr"], images, started)
             bar.set_postfix(loss=f"{loss_sum / per_epoch:.4f}", refresh=False)
             loss_sum = 0.0
-            if (epoch + 1) % save_every == 0 or epoch + 1 == epochs or stop.is_set():
+            stopping = stop.is_set()  # asked once: the signal may come between two lines
+            if (epoch + 1) % save_every == 0 or epoch + 1 == epochs or stopping:
                 save()
-            if stop.is_set() and epoch + 1 < epochs:
+            if stopping and epoch + 1 < epochs:
                 raise Stopped
             if preview and ((epoch + 1) % preview_every == 0 or epoch + 1 == epochs):
                 preview(ema.net, epoch + 1)
@@ -569,7 +571,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training")
     add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or its ckpt.pt")
     add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help="one of %(choices)s")
-    add("--sample-steps", type=whole(1), default=50, metavar="N", help="strides from t = T to 0")
+    add("--sample-steps", type=whole(1), metavar="N", help="strides from t = T to 0 (default: 50, at most T)")
     add(
         "--eta", type=real(0, 1), default=0.0, metavar="E", help="--sampler ddim: 0 no fresh noise, 1 as DDPM"
     )
@@ -660,7 +662,6 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     args.preview_every = args.preview_every or max(1, args.epochs // 5)
     if args.batch_size > len(data.images):
         utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
-        args.batch_size = len(data.images)
 
 
 def make_net(config: dict) -> UNet:
@@ -673,13 +674,16 @@ def make_net(config: dict) -> UNet:
 
 
 def make_diffusion(config: dict) -> Diffusion:
-    """The diffusion process and loss that a run's settings describe."""
+    """The diffusion process and loss that a run's settings describe; UserError if they make none."""
     weighting = config["weighting"]
     if weighting == "p2":
         weighting = partial(p2, gamma=config["p2_gamma"], k=config["p2_k"])
     elif weighting == "min_snr":
         weighting = partial(min_snr, gamma=config["min_snr_gamma"])
-    return Diffusion(config["noise_steps"], config["schedule"], config["prediction"], weighting)
+    try:
+        return Diffusion(config["noise_steps"], config["schedule"], config["prediction"], weighting)
+    except ValueError as error:
+        raise UserError(f"these settings make no diffusion process: {error}") from None
 
 
 def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diffusion, dict]:
@@ -703,7 +707,9 @@ def use_bf16(precision: str, device: torch.device, width: int) -> bool:
     return device.type == "cpu" and width >= 64 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def check_steps(args: argparse.Namespace, T: int) -> None:
+def fill_sample_steps(args: argparse.Namespace, T: int) -> None:
+    """Settle the strides for T noise levels; UserError where more were asked for."""
+    args.sample_steps = args.sample_steps or min(50, T)
     if args.sample_steps > T:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the {T} noise steps of the network")
 
@@ -740,10 +746,11 @@ def make_preview(diffusion: Diffusion, shape: Sequence[int], device: torch.devic
 
 def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     """Train a network as the command line says, in a new folder under --runs, or go on with --resume's."""
-    device = utils.get_device(args.device)
     resume = utils.load_checkpoint(args.resume, kind) if args.resume else None
     if resume:
         args = utils.merge_config(args, resume["config"], FREE_ON_RESUME)
+    device = utils.get_device(args.device)
+    fill_sample_steps(args, args.noise_steps)
     if args.image_size:
         fill_network_defaults(args)  # an image size that does not fit is told before the images are decoded
     where = (
@@ -759,7 +766,6 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     args.image_size = data.images.shape[-1]
     fill_network_defaults(args)
     fill_data_defaults(args, data)
-    check_steps(args, args.noise_steps)
 
     config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
     torch.manual_seed(args.seed)
@@ -769,7 +775,7 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     diffusion = make_diffusion(config)
     loader = Loader(data.images, args.batch_size, device, flip=args.flip, seed=args.seed)
     if resume:
-        check_resumable(resume, args.epochs, len(data.images), len(loader))
+        check_resumable(resume, args, utils.digest(data.images), len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
         wanted = Path(args.runs) / (args.name or f"{kind}_{args.dataset}")
@@ -785,29 +791,33 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     )
     print(f"network  {parameters:.2f} M parameters, on {device}\nresults  in {run}/")
 
+    preview = make_preview(diffusion, data.images.shape[1:], device, run, args)
     options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
     try:
-        train(
+        ema = train(
             net,
             diffusion.loss,
             loader,
             run,
             **{key: config[key] for key in (*options, "save_every", "preview_every")},
             bf16=use_bf16(args.precision, device, args.width),
-            preview=make_preview(diffusion, data.images.shape[1:], device, run, args),
+            preview=preview,
             extra={
                 "kind": kind,
                 "config": config,
                 "class_names": data.class_names,
-                "images": len(data.images),
+                "data": utils.digest(data.images),
             },
             resume=resume,
         )
     except Stopped:
         print(f"stopped and saved; go on with\n  {command('--resume', run)}", file=sys.stderr)
         sys.exit(130)
-    print(f"samples     {run / 'samples' / f'epoch_{args.epochs:04d}.png'}")
-    print(f"log         {run / 'log.csv'}\ncheckpoint  {run / 'ckpt.pt'}")
+    last_grid = run / "samples" / f"epoch_{args.epochs:04d}.png"
+    if not last_grid.is_file():  # the run was killed after its last step
+        preview(ema.net, args.epochs)
+    for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
+        print(f"{name:10s}  {shlex.quote(str(path))}")
     print(f"sample more with\n  {command('--sample', 64, '--checkpoint', run)}")
 
 
@@ -816,14 +826,16 @@ def command(*flags: object) -> str:
     return shlex.join(["python", sys.argv[0], *map(str, flags)])
 
 
-def check_resumable(resume: dict, epochs: int, images: int, per_epoch: int) -> None:
-    """UserError unless the run can go on: the data are what they were, and there are steps left."""
-    if images != resume["images"]:
-        raise UserError(f"the data set has changed: it had {resume['images']} images, now it has {images}")
-    if resume["step"] >= epochs * per_epoch:
-        raise UserError(
-            f"the run has had its {resume['epoch']} epochs: to train further, ask for more --epochs"
-        )
+def check_resumable(resume: dict, args: argparse.Namespace, data: str, per_epoch: int) -> None:
+    """UserError unless the run can go on: from its own checkpoint, with the data it had, not past its end."""
+    if utils.checkpoint_file(args.resume).name != "ckpt.pt":
+        raise UserError(f"--resume {args.resume}: a run goes on in its folder, from its ckpt.pt: name that")
+    if data != resume["data"]:
+        raise UserError("the data set has changed since the run began: bring it back, or start a new run")
+    if resume["step"] > args.epochs * per_epoch:
+        raise UserError(f"the run has had {resume['epoch']} epochs already: ask for more --epochs")
+    if resume["step"] == args.epochs * per_epoch:
+        utils.note(f"the run has had its {args.epochs} epochs; to train further, ask for more --epochs")
 
 
 GRID_LIMIT = 256  # images shown in a grid; --out gets them all
@@ -834,11 +846,11 @@ def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
     device = utils.get_device(args.device)
     net, diffusion, checkpoint = load_network(args.checkpoint, kind, device)
     config = checkpoint["config"]
-    check_steps(args, diffusion.T)
+    fill_sample_steps(args, diffusion.T)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     prepare_folders(samples, args.out)
     eps_theta, batch_size = diffusion.denoiser(net), args.batch_size or 64
-    evaluations = args.sample_steps + (9 if args.runge_kutta else 0)
+    evaluations = args.sample_steps + (3 * min(3, args.sample_steps) if args.runge_kutta else 0)
     shown, frames = [], []  # images for the grid; for the GIF what the network saw of the first batch
     with tqdm(total=math.ceil(args.sample / batch_size) * evaluations, desc="sampling", unit="step") as bar:
 
@@ -861,13 +873,15 @@ def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
 
     made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
     caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {made_by}"
-    grid = utils.new_path(samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png")
-    print("grid    ", utils.save_picture(utils.make_grid(torch.cat(shown)[:GRID_LIMIT], caption), grid))
+    grid = utils.new_path(samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png", ".png")
+    utils.save_picture(utils.make_grid(torch.cat(shown)[:GRID_LIMIT], caption), grid)
+    print("grid    ", shlex.quote(str(grid)))
     if args.animate:
         pictures = [utils.make_grid(x, caption) for x in [*frames, shown[0][:GRID_LIMIT]]]
-        print("gif     ", utils.save_animation(pictures, utils.new_path(grid.with_suffix(".gif"))))
+        gif = utils.save_animation(pictures, utils.new_path(grid.with_suffix(".gif"), ".gif"))
+        print("gif     ", shlex.quote(str(gif)))
     if args.out:
-        print("images  ", args.out)
+        print("images  ", shlex.quote(args.out))
 
 
 def prepare_folders(samples: Path, out: str | None) -> None:

@@ -4,6 +4,7 @@ plumbing.
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -84,7 +85,7 @@ def constant(T: int) -> torch.Tensor:
 
 
 def jsd(T: int) -> torch.Tensor:
-    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t / T (Sohl-Dickstein et al. 2015); -> (T,)."""
+    """beta_t = 1 / (T - t + 1), so alpha_bar_t = 1 - t / T for t < T (Sohl-Dickstein et al. 2015); (T,)."""
     return (1 / torch.linspace(T, 1, T, dtype=torch.float64)).clamp(max=MAX_BETA)
 
 
@@ -175,7 +176,11 @@ def image_files(folder: Path, recursive: bool = False) -> list[Path]:
         return []
     found = folder.rglob("*") if recursive else folder.iterdir()
     return sorted(
-        p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".") and p.is_file()
+        p
+        for p in found
+        if p.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+        and p.is_file()
     )
 
 
@@ -206,10 +211,10 @@ def from_torchvision(name: str, root: Path, **options) -> torch.utils.data.Datas
     """A torchvision data set under root, downloaded on first use; UserError where that fails."""
     try:
         return getattr(torchvision.datasets, name)(str(root), download=True, **options)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # of the network, of archives, of parsers: all of them end here
         raise UserError(
-            f"{name} is neither under {root} nor could it be downloaded ({error}): "
-            "check the network, or copy it there and name the folder with --data-root"
+            f"{name} is not there, or is damaged, under {root}, and could not be downloaded "
+            f"({' '.join(str(error).split())}): check the network, or copy it there, or name its --data-root"
         ) from None
 
 
@@ -244,7 +249,9 @@ def imagenette(root: Path, split: str) -> Source:
     folder = root / "imagenette2-160"
     if not (folder / part).is_dir():  # some versions of torchvision refuse to "download" what is there
         from_torchvision("Imagenette", root, split=part, size="160px")
-    source = labelled_folders(folder / part)
+    source, all_of_them = labelled_folders(folder / part), 9469 if part == "train" else 3925
+    if len(source.images) < all_of_them:
+        note(f"{folder / part} holds {len(source.images)} images of {all_of_them}: delete it to get it anew")
     source.class_names = [IMAGENETTE.get(wnid, wnid) for wnid in source.class_names]
     return source
 
@@ -272,20 +279,18 @@ def labelled_folders(folder: Path) -> Source:
     return Source(files, labels, [name for name, _ in classes], root=folder)
 
 
+SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+
+
 def folder(root: Path, split: str) -> Source:
     """Images in one folder, in one sub-folder a class, or as listed with captions in metadata.jsonl."""
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
-    sub_folders = {f.name for f in class_folders(root)}
-    if "train" in sub_folders and sub_folders <= {
-        "train",
-        "test",
-        "val",
-        "valid",
-    }:  # splits, not a class of trains
+    sub_folders = {f.name for f in class_folders(root) if image_files(f, recursive=True)}
+    if "train" in sub_folders and sub_folders <= SPLIT_FOLDERS:  # splits, and not a class of trains
+        root = root / split
         if split not in sub_folders:
             raise no_split("folder", split)
-        root = root / split
     elif split != "train":
         raise no_split("folder", split)
     if (root / "metadata.jsonl").is_file():
@@ -294,10 +299,7 @@ def folder(root: Path, split: str) -> Source:
         flat = image_files(root)
         source = Source(flat, root=root) if flat else labelled_folders(root)
         if flat and class_folders(root):
-            print(
-                f"note: of {root} only the images directly in it are used, not its sub-folders",
-                file=sys.stderr,
-            )
+            note(f"of {root} only the images directly in it are used, not its sub-folders")
     if not source.images:
         raise UserError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return source
@@ -306,7 +308,7 @@ def folder(root: Path, split: str) -> Source:
 def captioned_folder(root: Path) -> Source:
     """Images and captions of `metadata.jsonl`, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
-    text = (root / "metadata.jsonl").read_text(encoding="utf-8", errors="replace")
+    text = (root / "metadata.jsonl").read_text(encoding="utf-8-sig", errors="replace")
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -342,15 +344,15 @@ def stanfordcars(root: Path, split: str) -> Source:
     them.
     """
     images, near = find_cars(root, split)
-    source = Source(image_files(images), root=images)
+    source, by_class = Source(image_files(images), root=images), labelled_folders(images)
     names = car_names(near)
-    if source.images:  # flat: labels by file name
+    if len(source.images) > len(by_class.images):  # flat: labels by file name
         source.labels = car_labels(source.images, near, split)
         if source.labels:
             source.class_names = names or [f"class {k + 1}" for k in range(max(195, *source.labels) + 1)]
         return source
 
-    source = labelled_folders(images)
+    source = by_class
     if names:  # a folder for each class: labels by folder name
         number = {car_key(name): k for k, name in enumerate(names)}
         for name in source.class_names:
@@ -370,11 +372,15 @@ def find_cars(root: Path, split: str) -> tuple[Path, list[Path]]:
     root, flat = root.absolute(), f"cars_{split}"
     parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
     bases = [root] + [f for f in class_folders(root) if "car" in f.name.lower()]
-    bases += [root.parent] if root.name in parts else []  # --data-root may name the images' own folder
-    looked_at = [base / part for base in bases for part in parts]
+    inner = {flat, split, "car_data"}  # --data-root may be one of the tree's own folders
+    bases += [root.parent] if root.name in inner else []
+    looked_at = [base / part for part in parts for base in bases]
+    top = root
+    while top.name in inner:
+        top = top.parent
     for images in looked_at:
         if image_files(images) or labelled_folders(images).images:
-            return images, [images, *images.parents][:5]
+            return images, [p for p in (images, *images.parents) if p.is_relative_to(top)]
     shown = "\n".join(f"  {p}" for p in looked_at)
     raise UserError(f"no Stanford Cars ({split} split) under {root}; looked at\n{shown}\n{CARS_TREES}")
 
@@ -407,7 +413,11 @@ def read_mat(path: Path) -> dict | None:
     except ImportError:
         note(f"{path.name} was not read: that takes `pip install scipy`")
         return None
-    return loadmat(str(path), squeeze_me=True)
+    try:
+        return loadmat(str(path), squeeze_me=True)
+    except Exception as error:  # scipy raises almost anything on a file that is none
+        note(f"{path} can't be read ({error}) and is left out")
+        return None
 
 
 def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | None:
@@ -418,7 +428,10 @@ def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | N
             rows = [row for row in csv.reader(file) if row and row[-1].strip().isdigit()]
         number_of = {Path(row[0]).stem: int(row[-1]) for row in rows}
     elif split == "train" and (path := car_file(near, "train_perfect_preds.txt")):  # line i is of image i
-        number_of = {f"{i:05d}": int(k) for i, k in enumerate(path.read_text().split(), start=1)}
+        lines = path.read_text(errors="replace").split()
+        if not all(line.isdecimal() for line in lines):
+            raise UserError(f"{path} should hold one class number a line, and nothing else")
+        number_of = {f"{i:05d}": int(k) for i, k in enumerate(lines, start=1)}
     elif (path := car_file(near, annotations)) and (mat := read_mat(path)):
         number_of = {Path(str(row["fname"])).stem: int(row["class"]) for row in mat["annotations"]}
     else:
@@ -448,7 +461,8 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
     array = isinstance(image, np.ndarray)
     with Image.fromarray(image) if array else Image.open(image, formats=IMAGE_FORMATS) as picture:
         picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
-        picture = ImageOps.exif_transpose(picture)
+        with suppress(Exception):  # broken EXIF data do not make a broken image
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # 16 bits or floats, which convert("L") would cut off at 255
             values = np.asarray(picture).astype(np.float64)
             scale = 255 / 65535 if picture.mode.startswith("I") else (255 if values.max() <= 1 else 1)
@@ -461,13 +475,18 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
         return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 
+NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+
+
 def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
     """All images of a source; -> (M, C, size, size) uint8, and the positions (M,) of those read."""
 
     def try_read(image: Path | np.ndarray) -> np.ndarray | None:
         try:
             return read_image(image, size, channels)
-        except Exception:  # Pillow's decoders raise almost anything on a broken file
+        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
+                raise
             return None
 
     images = np.empty((len(source.images), channels, size, size), np.uint8)
@@ -494,7 +513,7 @@ def fingerprint(source: Source) -> str:
             try:
                 stat = path.stat()
                 made = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-            except OSError:  # listed in metadata.jsonl, but not there
+            except (OSError, ValueError):  # listed in metadata.jsonl, but not there
                 made = None
             digest.update(f"{os.path.relpath(path, source.root)} {made}\n".encode())
     return digest.hexdigest()[:16]
@@ -538,6 +557,8 @@ def get_data(
     """
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split {split!r}: choose train or test")
     source = DATASETS[dataset](Path(data_root), split)
     if limit is not None:
         source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
@@ -602,11 +623,10 @@ class Loader:
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
         for i in range(start, len(self)):
             index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            x_0 = self.images[index]
+            x_0 = self.images[index].to(self.device).float() / 127.5 - 1
             if self.flip:
-                x_0 = torch.where(mirrored[index, None, None, None], x_0.flip(-1), x_0)
-            x_0 = x_0.to(self.device, non_blocking=True).float() / 127.5 - 1
-            yield x_0, None if self.y is None else self.y[index].to(self.device, non_blocking=True)
+                x_0 = torch.where(mirrored[index, None, None, None].to(self.device), x_0.flip(-1), x_0)
+            yield x_0, None if self.y is None else self.y[index].to(self.device)
 
 
 def seeded_generator(*seed: int) -> torch.Generator:
@@ -633,12 +653,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def new_path(path: Path) -> Path:
+def new_path(path: Path, suffix: str = "") -> Path:
     """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix)."""
     candidate, number = path, 2
     while candidate.exists():
-        candidate, number = path.with_name(f"{path.stem}_{number}{path.suffix}"), number + 1
+        candidate = path.with_name(f"{path.name.removesuffix(suffix)}_{number}{suffix}")
+        number += 1
     return candidate
+
+
+def digest(array: torch.Tensor) -> str:
+    """A hash of an array's shape and bytes: equal for equal data sets."""
+    return hashlib.sha256(str(tuple(array.shape)).encode() + array.numpy().tobytes()).hexdigest()[:16]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -653,6 +679,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise UserError(
             f"can't write {path}: {error.strerror}; {left}: make room, or choose another --runs"
         ) from None
+
+
+CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
 
 
 def load_checkpoint(path: str | Path, kind: str) -> dict:
@@ -676,12 +705,15 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         raise UserError(
             f"checkpoint {path} was not loaded: {why}; use a ckpt.pt that this project wrote"
         ) from None
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint or "config" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
     if checkpoint["kind"] != kind:
         raise UserError(
             f"{path} is a checkpoint of kind {checkpoint['kind']!r}; a {kind!r} one is needed here"
         )
+    missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
+    if missing or not isinstance(checkpoint["config"], dict):
+        raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
     return checkpoint
 
 
@@ -862,7 +894,7 @@ def real(low: float, high: float = math.inf, above: bool = False) -> Callable[[s
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="digits", metavar="NAME", help=f"one of {', '.join(DATASETS)}")
+    add("--dataset", choices=list(DATASETS), default="digits", metavar="NAME", help="one of %(choices)s")
     add("--data-root", default="data", metavar="DIR", help="where the data set is, or is downloaded to")
     add("--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)")
     add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
@@ -893,7 +925,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--seed", type=whole(0), default=0, help="of every random draw")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of every random draw")
 
 
 def flag(dest: str) -> str:
@@ -945,7 +977,11 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(fail(f"{name}: error: {error}"))
-    except torch.cuda.OutOfMemoryError:
+    except (torch.cuda.OutOfMemoryError, MemoryError):
+        sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what PyTorch says of the CPU's memory
+            raise
         sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 
@@ -140,6 +141,25 @@ def test_gray_training_on_a_folder_of_photographs(cli, tmp_path):
     assert result.code == 0 and "1 x 8 x 8" in result.out
 
 
+def test_few_noise_steps_need_no_other_flag(cli):
+    tiny = " ".join(TINY).replace("--noise-steps 20 --sample-steps 2", "--noise-steps 7").split()
+    assert cli(*tiny).code == 0
+    assert cli("--sample", 1, "--checkpoint", "runs/ddpm_digits").code == 0
+
+
+def test_paths_can_be_pasted(cli):
+    result = cli(*TINY, "--name", "my run", "--epochs", 1)
+    assert "'runs/my run/ckpt.pt'" in result.out and "--checkpoint 'runs/my run'" in result.out
+
+
+def test_new_path(tmp_path):
+    for _ in range(3):
+        utils.new_path(tmp_path / "v1.5").mkdir()
+        utils.new_path(tmp_path / "a.png", ".png").touch()
+    names = ["a.png", "a_2.png", "a_3.png", "v1.5", "v1.5_2", "v1.5_3"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
 def test_batch_larger_than_the_data_is_a_note(cli):
     result = cli(*TINY, "--batch-size", 500)
     assert result.code == 0 and "note: the data set" in result.err
@@ -188,7 +208,7 @@ def test_help_names_every_flag_with_its_default(cli):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        ("--dataset cifar11", "unknown data set 'cifar11': choose one of digits"),
+        ("--dataset cifar11", "invalid choice: 'cifar11' (choose from"),
         ("--dataset folder --data-root nowhere", "folder nowhere does not exist"),
         ("--dataset folder --data-root .", "holds no images"),
         ("--image-size 18", "--image-size 18 is not divisible by 4, as 3 levels need it: try 16 or 20"),
@@ -202,6 +222,7 @@ def test_help_names_every_flag_with_its_default(cli):
         ("--sampler ddpm --eta 1", "--eta belongs to --sampler ddim"),
         ("--p2-gamma 2", "--p2-gamma belongs to --weighting p2"),
         ("--sample-steps 2000", "more than the 1000 noise steps"),
+        ("--seed 99999999999999999999999", "expected a whole number of at least 0"),
         ("--device tpu", "unknown device 'tpu'"),
         ("--epochs 0", "expected a whole number of at least 1"),
         ("--lr -1", "expected a number above 0"),
@@ -251,6 +272,8 @@ def write_bad_checkpoints(trained):
     torch.save([1, 2], "list.pt")
     torch.save({**state, "config": {**state["config"], "width": 16}}, "other_width.pt")
     torch.save({**state, "config": {}}, "no_config.pt")
+    torch.save({**state, "config": {**state["config"], "schedule": "mine"}}, "renamed.pt")
+    torch.save({"kind": "ddpm", "config": {}}, "incomplete.pt")
     return state
 
 
@@ -267,12 +290,14 @@ def write_bad_checkpoints(trained):
         ("list.pt", "no checkpoint of this project"),
         ("other_width.pt", "does not hold the network"),
         ("no_config.pt", "does not hold the network"),
+        ("renamed.pt", "schedule 'mine' is none of linear, cosine"),
+        ("incomplete.pt", "incomplete: it lacks net, ema"),
     ],
 )
 def test_bad_checkpoints(cli, trained, tmp_path, name, told):
     write_bad_checkpoints(trained)
     assert told in error_line(cli("--sample", 1, "--checkpoint", name, "--sample-steps", 2))
-    if "does not hold" not in told:
+    if "does not hold" not in told and name != "renamed.pt":
         assert told in error_line(cli("--resume", name))
     assert "Warning" not in cli("--sample", 1, "--checkpoint", name).err
     assert not (tmp_path / "exploited").exists()
@@ -281,6 +306,8 @@ def test_bad_checkpoints(cli, trained, tmp_path, name, told):
 def test_resume_with_another_network(cli):
     cli(*TINY)
     before = open("runs/ddpm_digits/ckpt.pt", "rb").read()
+    shutil.copy("runs/ddpm_digits/ckpt.pt", "runs/ddpm_digits/backup.pt")
+    assert "from its ckpt.pt" in error_line(cli("--resume", "runs/ddpm_digits/backup.pt", "--epochs", 3))
     for flags in (["--width", 16], ["--multipliers", 1, 2, 2], ["--schedule", "linear"], ["--limit", 7]):
         line = error_line(cli("--resume", "runs/ddpm_digits", "--epochs", 3, *flags))
         assert "the run was made with" in line and flags[0] in line
@@ -292,7 +319,7 @@ def test_resume_with_changed_data(cli, tmp_path):
     for i in range(4):
         Image.new("L", (8, 8), 60 * i).save(tmp_path / f"{i}.png")
     cli(*TINY, "--dataset", "folder", "--data-root", ".")
-    (tmp_path / "3.png").unlink()
+    Image.new("L", (8, 8), 77).save(tmp_path / "3.png")  # as many images, but others
     assert "the data set has changed" in error_line(cli("--resume", "runs/ddpm_folder", "--epochs", 3))
 
 

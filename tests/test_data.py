@@ -60,19 +60,22 @@ def test_mnist(data_root, get):
 
 def test_download_that_fails_is_told(get, monkeypatch):
     def refuse(*args, **options):
-        raise OSError("no route to host")
+        raise RuntimeError("Error downloading:\nno route to host")
 
     monkeypatch.setattr("torchvision.datasets.MNIST", refuse)
-    with pytest.raises(UserError, match=r"no route to host.*--data-root"):
+    with pytest.raises(UserError, match=r"Error downloading: no route to host.*--data-root"):
         get("mnist", "nowhere")
+    with pytest.raises(UserError, match="unknown split 'validation'"):
+        get("mnist", "nowhere", split="validation")
 
 
-def test_imagenette_as_downloaded(get, tmp_path):
+def test_imagenette_as_downloaded(get, tmp_path, capsys):
     for part, wnid in (("train", "n01440764"), ("train", "n03028079"), ("val", "n03028079")):
         save_image(tmp_path / "imagenette2-160" / part / wnid / "x.JPEG")
     data = get("imagenette", tmp_path)
     assert data.class_names == ["tench", "church"] and data.labels.tolist() == [0, 1]
     assert len(get("imagenette", tmp_path, split="test").images) == 1
+    assert "1 images of 3925" in capsys.readouterr().err
 
 
 # Stanford Cars
@@ -143,6 +146,31 @@ def test_cars_by_classes_from_kaggle(get, tmp_path, folder):
         assert test.labels.tolist() == [1] and test.class_names == NAMES
 
 
+def test_cars_are_not_looked_for_above_the_data_root(get, tmp_path):
+    save_image(tmp_path / "in/cars_train/00001.jpg")
+    (tmp_path / "names.csv").write_text("alice\nbob\n")
+    cars_annotations(tmp_path / "anno_train.csv", [2])
+    assert get("stanfordcars", tmp_path / "in").labels is None
+
+
+def test_cars_beside_other_data(get, tmp_path):
+    save_image(tmp_path / "train/dog/1.png")
+    save_image(tmp_path / "train/cat/1.png")
+    save_image(tmp_path / "stanford_cars/cars_train/00001.jpg")
+    assert len(get("stanfordcars", tmp_path).images) == 1
+
+
+def test_cars_with_damaged_devkit(get, tmp_path, capsys):
+    pytest.importorskip("scipy")
+    save_image(tmp_path / "cars_train/00001.jpg")
+    (tmp_path / "devkit").mkdir()
+    (tmp_path / "devkit/cars_meta.mat").write_text("version https://git-lfs.github.com/spec/v1")
+    assert get("stanfordcars", tmp_path).labels is None and "can't be read" in capsys.readouterr().err
+    (tmp_path / "devkit/train_perfect_preds.txt").write_text("one\n")
+    with pytest.raises(UserError, match="one class number a line"):
+        get("stanfordcars", tmp_path)
+
+
 def test_cars_by_classes_without_names_use_the_annotations(get, tmp_path):
     kaggle_by_classes(tmp_path)
     (tmp_path / "names.csv").unlink()
@@ -174,6 +202,7 @@ def test_cars_in_plain_class_folders(get, tmp_path):
     for name in ("B", "A"):
         save_image(tmp_path / "train" / name / "x.jpg")
     save_image(tmp_path / "test/A/x.jpg")
+    save_image(tmp_path / "train/cover.jpg")  # a stray one
     assert get("stanfordcars", tmp_path).class_names == ["A", "B"]
     assert get("stanfordcars", tmp_path, split="test").labels.tolist() == [0]
 
@@ -215,15 +244,18 @@ def test_class_folders(get, tmp_path):
     for name in ("in/dog/1.png", "in/cat/1.png", "in/cat/deep/2.png"):
         save_image(tmp_path / name)
     (tmp_path / "in/empty").mkdir()
+    save_image(tmp_path / "in/cat/.ipynb_checkpoints/1.png")
     data = get("folder", tmp_path / "in")
     assert data.class_names == ["cat", "dog"] and data.labels.tolist() == [0, 0, 1]
 
 
 def test_folder_with_splits(get, tmp_path):
-    for name in ("train/dog/1.png", "train/cat/1.png", "test/cat/1.png"):
+    for name in ("train/dog/1.png", "train/cat/1.png", "test/cat/1.png", "validation/cat/1.png"):
         save_image(tmp_path / "in" / name)
     assert get("folder", tmp_path / "in").class_names == ["cat", "dog"]
     assert len(get("folder", tmp_path / "in", split="test").images) == 1
+    with pytest.raises(UserError, match="no split 'test'"):
+        get("folder", tmp_path / "in/train", split="test")
     save_image(tmp_path / "vehicles/train/1.png")
     save_image(tmp_path / "vehicles/plane/1.png")
     assert get("folder", tmp_path / "vehicles").class_names == ["plane", "train"]
@@ -237,7 +269,8 @@ def test_captions(get, tmp_path):
         {"file_name": "png/a.png", "text": "ay"},
         {"file_name": "gone", "text": "!"},
     ]
-    (tmp_path / "in/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    (tmp_path / "in/metadata.jsonl").write_text(text, encoding="utf-8-sig")  # as Windows' editors write it
     data = get("folder", tmp_path / "in")
     assert data.captions == ["bee", "ay"] and not data.flip and data.skipped == [str(tmp_path / "in/gone")]
     (tmp_path / "in/metadata.jsonl").write_text(
@@ -313,6 +346,11 @@ def test_exif_rotation(tmp_path):
     upright = read_image(tmp_path / "x.jpg", 8, 3).astype(int)
     assert np.abs(upright[:, :, -1].mean(axis=1) - RED).max() < 12  # the top has gone to the right
     assert np.abs(upright[:, :, 0].mean(axis=1) - BLUE).max() < 12
+
+
+def test_broken_exif_does_not_make_a_broken_image(tmp_path):
+    Image.new("RGB", (16, 16), RED).save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x09\x01\x12")
+    assert np.abs(mean_colour(tmp_path / "x.jpg") - RED).max() < 5
 
 
 def test_resize_keeps_the_aspect_and_crops_the_center(tmp_path):

@@ -194,6 +194,18 @@ def test_ddim_with_eta_1_is_ddpm_with_the_posterior_variance(schedule):
     assert torch.allclose(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_number_of_steps_of_every_small_T(schedule):
+    """No rounding error takes a square root below 0; DDIM's sigma^2 may come out as 1 - ab_s and a bit."""
+    for T in range(2, 24):
+        diffusion = Diffusion(T, schedule)
+        for steps in range(1, T + 1):
+            x = torch.ones(1, 1, 1, 1)
+            for name, options in [(n, {}) for n in DETERMINISTIC] + STOCHASTIC:
+                x = SAMPLERS[name](diffusion, lambda x, t: x, x, diffusion.timesteps(steps), **options)
+                assert x.dtype == torch.float32
+
+
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_a_one_step_sampler_can_be_called_in_segments(name):
     diffusion = Diffusion()

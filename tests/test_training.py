@@ -200,10 +200,24 @@ def test_learning_rate():
 
 def test_resume_may_go_on_for_longer(cli):
     cli(*TINY)
-    line = error_line(cli("--resume", "runs/ddpm_digits"))
-    assert "2 epochs" in line and "--epochs" in line
+    assert "has had 2 epochs already" in error_line(cli("--resume", "runs/ddpm_digits", "--epochs", "1"))
     assert cli("--resume", "runs/ddpm_digits", "--epochs", "3").code == 0
     assert checkpoint()["epoch"] == 3 and checkpoint()["config"]["epochs"] == 3
+
+
+def test_a_run_killed_after_its_last_step_is_finished(cli):
+    cli(*TINY)
+    last = utils.Path("runs/ddpm_digits/samples/epoch_0002.png")
+    grid, before = last.read_bytes(), checkpoint()
+    last.unlink()  # as if killed while it was drawn
+    result = cli("--resume", "runs/ddpm_digits")
+    assert result.code == 0 and "has had its 2 epochs" in result.err and str(last) in result.out
+    assert last.read_bytes() == grid and same(checkpoint(), before)
+
+
+def test_resuming_with_the_whole_command(cli):
+    cli(*TINY, "--batch-size", "500")  # larger than the data set
+    assert cli(*TINY, "--batch-size", "500", "--resume", "runs/ddpm_digits").code == 0
 
 
 def test_log_rows_that_a_crash_left_are_taken_back(cli, monkeypatch):
