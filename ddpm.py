@@ -539,7 +539,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 22 for digits, else 80)")
+    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 20 for digits, else 80)")
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
     rate = "peak learning rate of AdamW (default: by image size)"
@@ -557,7 +557,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     bf16 = "fp32, bf16, or auto: bf16 where it is faster"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", metavar="NAME", help=bf16)
     add("--compile", action="store_true", help="torch.compile the network: slower to start, then faster")
-    grids = "between two sample grids (default: a fifth of the run)"
+    grids = "between two sample grids (default: a quarter of the run)"
     add("--preview-every", type=whole(1), metavar="EPOCHS", help=grids)
     add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between two checkpoints")
     add("--name", metavar="NAME", help="of the run's folder (default: the script and the data set)")
@@ -658,8 +658,8 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     """Settle what depends on the data set; a note where the batch is larger than the set."""
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
-    args.epochs = args.epochs or (22 if args.dataset == "digits" else 80)
-    args.preview_every = args.preview_every or max(1, args.epochs // 5)
+    args.epochs = args.epochs or (20 if args.dataset == "digits" else 80)
+    args.preview_every = args.preview_every or max(1, args.epochs // 4)
     if args.batch_size > len(data.images):
         utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
 
