@@ -626,8 +626,8 @@ def unet_defaults(image_size: int) -> dict:
     """The network and its training as they suit an image size, where the command line leaves them open."""
     if image_size <= 16:  # 1.0 M parameters
         return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=32, lr=2e-3)
-    if image_size <= 32:  # 6.5 M
-        return dict(width=64, multipliers=[1, 2, 2], blocks=2, attention=[2], batch_size=64, lr=5e-4)
+    if image_size <= 32:  # 4.0 M
+        return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
     if image_size <= 64:  # 22 M
         return dict(width=64, multipliers=[1, 2, 3, 4], blocks=2, attention=[2, 3], batch_size=64, lr=2e-4)
     levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels

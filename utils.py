@@ -823,8 +823,9 @@ def get_device(name: str = "auto") -> torch.device:
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
         raise UserError(f"device {name!r} is not available on this machine: use --device auto or cpu")
-    torch.set_float32_matmul_precision("high")  # where there are TF32 units
-    torch.backends.cudnn.benchmark = True
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where there is such a unit
+        torch.backends.cudnn.benchmark = True  # all batches but the last of an epoch have one shape
     return torch.device(name)
 
 
