@@ -422,8 +422,7 @@ def train(
     extra: dict | None = None,
     resume: dict | None = None,
 ) -> EMA:
-    """Minimise `loss_fn(net, x_0, y, generator)` over the loader's batches; the run's folder gets ckpt.pt and
-    log.csv.
+    """Minimise `loss_fn(net, x_0, y, generator)` over the loader's batches; `run` gets ckpt.pt and log.csv.
 
     `extra` goes into every checkpoint; `resume` is a checkpoint to go on from, bit for bit on the CPU.
     `preview(net, epoch)` is called with the averaged weights. Raises UserError if the loss stops being finite
@@ -673,6 +672,13 @@ def make_net(config: dict) -> UNet:
         raise UserError(f"no network can be made of these settings: {error}") from None
 
 
+def place(net: UNet, device: torch.device) -> UNet:
+    """The network on its device, on a CPU with channels last in memory: up to a tenth faster there."""
+    return net.to(
+        device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format
+    )
+
+
 def make_diffusion(config: dict) -> Diffusion:
     """The diffusion process and loss that a run's settings describe; UserError if they make none."""
     weighting = config["weighting"]
@@ -692,7 +698,7 @@ def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diff
     try:
         net = make_net(checkpoint["config"])
         net.load_state_dict(checkpoint["ema"])
-        return net.to(device).eval(), make_diffusion(checkpoint["config"]), checkpoint
+        return place(net, device).eval(), make_diffusion(checkpoint["config"]), checkpoint
     except (KeyError, RuntimeError, TypeError) as error:
         why = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
@@ -753,29 +759,19 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     fill_sample_steps(args, args.noise_steps)
     if args.image_size:
         fill_network_defaults(args)  # an image size that does not fit is told before the images are decoded
-    where = (
-        args.data_root,
-        "train",
-        args.image_size,
-        args.channels,
-        args.limit,
-        args.workers,
-        args.cache_dir,
-    )
-    data = utils.get_data(args.dataset, *where)
+    choice = {key: getattr(args, key) for key in ("image_size", "channels", "limit", "workers", "cache_dir")}
+    data = utils.get_data(args.dataset, args.data_root, "train", **choice)
     args.image_size = data.images.shape[-1]
     fill_network_defaults(args)
     fill_data_defaults(args, data)
 
     config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
     torch.manual_seed(args.seed)
-    net = make_net(config).to(device)
-    if device.type == "cpu":
-        net = net.to(memory_format=torch.channels_last)  # a tenth faster there
-    diffusion = make_diffusion(config)
+    net = place(make_net(config), device)
+    diffusion, digest = make_diffusion(config), utils.digest(data.images)
     loader = Loader(data.images, args.batch_size, device, flip=args.flip, seed=args.seed)
     if resume:
-        check_resumable(resume, args, utils.digest(data.images), len(loader))
+        check_resumable(resume, args, digest, len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
         wanted = Path(args.runs) / (args.name or f"{kind}_{args.dataset}")
@@ -786,9 +782,8 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     with utils.replacing(run / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode())
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    print(
-        f"data     {args.dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}"
-    )
+    size = " x ".join(map(str, data.images.shape[1:]))
+    print(f"data     {args.dataset}, {len(data.images)} images of {size}")
     print(f"network  {parameters:.2f} M parameters, on {device}\nresults  in {run}/")
 
     preview = make_preview(diffusion, data.images.shape[1:], device, run, args)
@@ -802,12 +797,7 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
             **{key: config[key] for key in (*options, "save_every", "preview_every")},
             bf16=use_bf16(args.precision, device, args.width),
             preview=preview,
-            extra={
-                "kind": kind,
-                "config": config,
-                "class_names": data.class_names,
-                "data": utils.digest(data.images),
-            },
+            extra={"kind": kind, "config": config, "class_names": data.class_names, "data": digest},
             resume=resume,
         )
     except Stopped:
@@ -885,8 +875,7 @@ def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
 
 
 def prepare_folders(samples: Path, out: str | None) -> None:
-    """Make the folders for the grid and for single images; UserError, before any work, if they can't be
-    written to.
+    """Make the folders for the grid and single images; UserError, before any work, if they can't be used.
 
     `out` must hold no images yet: they would be lost, or mixed with ours in what an FID tool reads.
     """
