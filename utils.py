@@ -461,7 +461,8 @@ def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray
     array = isinstance(image, np.ndarray)
     with Image.fromarray(image) if array else Image.open(image, formats=IMAGE_FORMATS) as picture:
         picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
-        with suppress(Exception):  # broken EXIF data do not make a broken image
+        picture.load()  # what is broken in the image is told here;
+        with suppress(Exception):  # broken EXIF data do not make it a broken one
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith(("I", "F")):  # 16 bits or floats, which convert("L") would cut off at 255
             values = np.asarray(picture).astype(np.float64)
@@ -550,9 +551,9 @@ def get_data(
     workers: int | None = None,
     cache_dir: str | Path = "data/cache",
 ) -> Data:
-    """A data set of DATASETS as one array, decoded and resized once and cached on disk; `limit`: that many of
-    a fixed shuffle.
+    """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 
+    `limit` takes the first so many images of a fixed shuffle, `image_size` is in pixels, `workers` in threads.
     Raises UserError where there is no such data set, split or folder, or no image in it can be read.
     """
     if dataset not in DATASETS:

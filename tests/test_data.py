@@ -372,14 +372,19 @@ def test_unreadable_images_are_skipped_and_listed(get, tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "in/a/1bad.png")
     (tmp_path / "in/a/1bad.png").write_bytes((tmp_path / "in/a/1bad.png").read_bytes()[:1500])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "in/a/2bad.jpg", exif=exif)
+    (tmp_path / "in/a/2bad.jpg").write_bytes((tmp_path / "in/a/2bad.jpg").read_bytes()[:900])
     (tmp_path / "in/b/0bad.jpg").write_bytes(b"%!PS-Adobe\n(this would be run by Ghostscript) show")
     for _ in range(2):  # decoded, then from the cache
         data = get("folder", tmp_path / "in", image_size=8)
         assert data.labels.tolist() == [0, 0, 1, 1]
         assert (data.images[:2, 2] > 200).all() and (data.images[2:, 0] > 200).all()  # labels still fit
-        assert data.skipped == [str(tmp_path / "in/a/1bad.png"), str(tmp_path / "in/b/0bad.jpg")]
+        bad = ("a/1bad.png", "a/2bad.jpg", "b/0bad.jpg")
+        assert data.skipped == [str(tmp_path / "in" / name) for name in bad]
         err = capsys.readouterr().err
-        assert "2 unreadable" in err and all(name in err for name in data.skipped)
+        assert "3 unreadable" in err and all(name in err for name in data.skipped)
 
 
 # cache
