@@ -553,7 +553,7 @@ def get_data(
 ) -> Data:
     """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 
-    `limit` takes the first so many images of a fixed shuffle, `image_size` is in pixels, `workers` in threads.
+    `limit` takes the first of a fixed shuffle, `image_size` is in pixels, `workers` in threads.
     Raises UserError where there is no such data set, split or folder, or no image in it can be read.
     """
     if dataset not in DATASETS:
