@@ -351,6 +351,16 @@ def test_full_disk_leaves_the_previous_checkpoint(cli, call):
     assert state["step"] == 3 and not os.path.exists("runs/ddpm_digits/ckpt.pt.tmp")
 
 
+def test_full_disk_for_another_file_names_it(cli, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.Image.Image, "save", full)
+    line = error_line(cli(*TINY))
+    assert "No space left on device: runs/ddpm_digits/samples/epoch_0001.png" in line
+    assert torch.load("runs/ddpm_digits/ckpt.pt", weights_only=True)["step"] == 3
+
+
 def test_out_of_memory_is_told(cli, monkeypatch):
     def fail(*args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
