@@ -92,6 +92,12 @@ def recursion(name, diffusion, x, timesteps, z=None, eta=0.0, variance="posterio
     return x
 
 
+def followed(name, diffusion, x, timesteps, z=None, **options):
+    """The recursion for each of the numbers in x; (len(x),)."""
+    ends = [recursion(name, diffusion, v, timesteps, z, **options) for v in x.flatten().tolist()]
+    return torch.tensor(ends, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", DETERMINISTIC)
@@ -100,10 +106,8 @@ def test_deterministic_sampler_is_its_recursion(name, schedule, prediction):
     x = start(diffusion)
     for timesteps in (diffusion.timesteps(9), [1000, 999, 640, 12, 3, 1, 0], [700, 600, 250]):
         got = sample(name, diffusion, x, timesteps)
-        expected = [recursion(name, diffusion, v, timesteps) for v in x.flatten().tolist()]
-        assert torch.allclose(
-            got.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
-        )
+        expected = followed(name, diffusion, x, timesteps)
+        assert torch.allclose(got.flatten(), expected, rtol=1e-6, atol=1e-8)
 
 
 STOCHASTIC = [
@@ -128,10 +132,8 @@ def test_stochastic_sampler_is_its_recursion_draw_by_draw(name, options, schedul
             ddpm, "randn_like", lambda x, generator, drawn=drawn: torch.full_like(x, next(drawn))
         )
         got = sample(name, diffusion, x, timesteps, **options)
-        expected = [recursion(name, diffusion, v, timesteps, z, **options) for v in x.flatten().tolist()]
-        assert torch.allclose(
-            got.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8
-        )
+        expected = followed(name, diffusion, x, timesteps, z, **options)
+        assert torch.allclose(got.flatten(), expected, rtol=1e-6, atol=1e-8)
         left = 5.0 if timesteps[-1] == 0 else None  # no noise is drawn in a stride that ends in x_0
         assert next(drawn, None) == left
 
