@@ -19,11 +19,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -538,7 +540,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole(1), metavar="N", help="passes over the data (default: 20 for digits, else 80)")
+    passes = "passes over the data (default: 20 for digits, 8 for shapes, else 80)"
+    add("--epochs", type=whole(1), metavar="N", help=passes)
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
     rate = "peak learning rate of AdamW (default: by image size)"
@@ -582,8 +585,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = utils.Parser(description="Train an unconditional diffusion model, or sample from one.")
+def make_parser(
+    description: str = "Train an unconditional diffusion model, or sample from one.",
+) -> argparse.ArgumentParser:
+    parser = utils.Parser(description=description)
     utils.add_data_flags(parser)
     utils.add_network_flags(parser)
     add_diffusion_flags(parser)
@@ -595,36 +600,49 @@ def make_parser() -> argparse.ArgumentParser:
 
 SAMPLER_FLAGS = {"eta": "ddim", "variance": "ddpm", "runge_kutta": "pndm"}  # which sampler a flag belongs to
 WEIGHTING_FLAGS = {"p2_gamma": "p2", "p2_k": "p2", "min_snr_gamma": "min_snr"}
-FOR_SAMPLING = {  # flags that mean something beside --sample; the other settings come from the checkpoint
-    *("sample", "checkpoint", "out", "animate", "batch_size", "device", "seed"),
-    *("sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS),
-}
+FLAG_OWNERS = {"sampler": SAMPLER_FLAGS, "weighting": WEIGHTING_FLAGS}
+HOW_TO_SAMPLE = {"sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS}  # this serves previews as well
+ONLY_SAMPLING = {"checkpoint", "out", "animate"}  # flags that go with --sample alone
+# Flags that mean something beside --sample; the other settings come from the checkpoint.
+FOR_SAMPLING = {"sample", "batch_size", "device", "seed", *ONLY_SAMPLING, *HOW_TO_SAMPLE}
 FREE_ON_RESUME = {  # flags that may change when a run goes on: they shape neither network nor data nor loss
     *("resume", "epochs", "data_root", "cache_dir", "workers", "device", "precision", "compile"),
-    *("preview_every", "save_every", "sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS),
+    *("preview_every", "save_every", *HOW_TO_SAMPLE),
 }
 
 
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(
+    args: argparse.Namespace,
+    owners: dict = FLAG_OWNERS,
+    for_sampling: set = FOR_SAMPLING,
+    only_sampling: set = ONLY_SAMPLING,
+) -> None:
     """Refuse flags that would have no effect, rather than ignore them; UserError."""
-    for owner, flags in (("sampler", SAMPLER_FLAGS), ("weighting", WEIGHTING_FLAGS)):
+    for owner, flags in owners.items():
         for dest in args.typed & set(flags):
             if getattr(args, owner) != flags[dest] and not args.resume:
                 raise UserError(f"{flag(dest)} belongs to --{owner} {flags[dest]}: add that, or leave it out")
     if args.sample is None:
-        for dest in args.typed & {"checkpoint", "out", "animate"}:
+        for dest in args.typed & only_sampling:
             raise UserError(f"{flag(dest)} goes with --sample N, the number of images to draw")
     elif args.checkpoint is None:
         raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
     else:
-        for dest in args.typed - FOR_SAMPLING:
+        for dest in args.typed - for_sampling:
             raise UserError(f"{flag(dest)} comes from the checkpoint when sampling: leave it out")
 
 
-def unet_defaults(image_size: int) -> dict:
-    """The network and its training as they suit an image size, where the command line leaves them open."""
+def unet_defaults(image_size: int, simple: bool = False) -> dict:
+    """The network and its training as they suit an image size, where the command line leaves them open.
+
+    `simple` images, such as digits, need less width at full resolution, where the time goes.
+    """
     if image_size <= 16:  # 1.0 M parameters
         return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=32, lr=2e-3)
+    if image_size <= 32 and simple:  # 2.7 M, or where 8 does not divide the size, 1.3 M
+        deep = dict(multipliers=[1, 2, 4, 8], attention=[2, 3])
+        shape = dict(multipliers=[1, 2, 6], attention=[2]) if image_size % 8 else deep
+        return dict(width=16, blocks=1, batch_size=32, lr=2e-3, **shape)
     if image_size <= 32:  # 4.0 M
         return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
     if image_size <= 64:  # 22 M
@@ -639,7 +657,7 @@ def fill_network_defaults(args: argparse.Namespace) -> None:
     """Settle the network and its training for args.image_size; UserError if that does not fit the network."""
     if args.attention is None and args.multipliers is not None:
         args.attention = [len(args.multipliers) - 1] if len(args.multipliers) > 1 else []
-    for dest, value in unet_defaults(args.image_size).items():
+    for dest, value in unet_defaults(args.image_size, args.dataset in utils.SIMPLE).items():
         if getattr(args, dest) is None:
             setattr(args, dest, value)
     levels = len(args.multipliers)
@@ -653,26 +671,31 @@ def fill_network_defaults(args: argparse.Namespace) -> None:
         )
 
 
+EPOCHS = {"digits": 20, "shapes": 8}  # where 80 are more than it takes
+
+
 def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
     """Settle what depends on the data set; a note where the batch is larger than the set."""
     args.channels = data.images.shape[1]
     args.flip = data.flip if args.flip is None else args.flip
-    args.epochs = args.epochs or (20 if args.dataset == "digits" else 80)
+    args.epochs = args.epochs or EPOCHS.get(args.dataset, 80)
     args.preview_every = args.preview_every or max(1, args.epochs // 4)
     if args.batch_size > len(data.images):
         utils.note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
 
 
-def make_net(config: dict) -> UNet:
-    """The network that a run's settings describe; UserError if they make none."""
-    keys = ("channels", "width", "multipliers", "blocks", "attention", "dropout")
+NETWORK_SETTINGS = ("channels", "width", "multipliers", "blocks", "attention", "dropout")
+
+
+def make_net(config: dict, network: Callable[..., torch.nn.Module] = UNet) -> torch.nn.Module:
+    """The network of that class that a run's settings describe; UserError if they make none."""
     try:
-        return UNet(**{key: config[key] for key in keys})
+        return network(**{key: config[key] for key in NETWORK_SETTINGS})
     except ValueError as error:
         raise UserError(f"no network can be made of these settings: {error}") from None
 
 
-def place(net: UNet, device: torch.device) -> UNet:
+def place(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The network on its device, on a CPU with channels last in memory: up to a tenth faster there."""
     return net.to(
         device, memory_format=torch.channels_last if device.type == "cpu" else torch.preserve_format
@@ -692,11 +715,19 @@ def make_diffusion(config: dict) -> Diffusion:
         raise UserError(f"these settings make no diffusion process: {error}") from None
 
 
-def load_network(path: str, kind: str, device: torch.device) -> tuple[UNet, Diffusion, dict]:
-    """The averaged network of a run, its diffusion and its checkpoint; UserError where they don't fit."""
-    checkpoint = utils.load_checkpoint(path, kind)
+def load_network(
+    path: str,
+    device: torch.device,
+    kinds: Sequence[str] = ("ddpm",),
+    network: Callable[[dict], Callable[..., torch.nn.Module]] = lambda checkpoint: UNet,
+) -> tuple[torch.nn.Module, Diffusion, dict]:
+    """The averaged network of a run, its diffusion and its checkpoint; UserError where they don't fit.
+
+    `network` tells the network's class from the checkpoint.
+    """
+    checkpoint = utils.load_checkpoint(path, *kinds)
     try:
-        net = make_net(checkpoint["config"])
+        net = make_net(checkpoint["config"], network(checkpoint))
         net.load_state_dict(checkpoint["ema"])
         return place(net, device).eval(), make_diffusion(checkpoint["config"]), checkpoint
     except (KeyError, RuntimeError, TypeError) as error:
@@ -736,25 +767,58 @@ def sample_images(
     return SAMPLERS[args.sampler](diffusion, denoiser, x_T, steps, generators, **options)
 
 
-def make_preview(diffusion: Diffusion, shape: Sequence[int], device: torch.device, run: Path, args):
-    """`preview(net, epoch)`: sample from a network, always from the same noise, into the run's folder."""
+@dataclass
+class Task:
+    """What run_training trains: a network, its loss over images and y, and how to look at it on the way."""
+
+    kind: str  # of checkpoint
+    net: torch.nn.Module
+    loss: Callable[..., Tensor]  # loss(net, x_0, y, generator) -> scalar
+    preview: Callable[[torch.nn.Module, int, Path], object]  # preview(net, epoch, file to write)
+    images: Tensor  # (N, C, H, W) uint8
+    y: Tensor | None = None  # (N, ...) labels, or captions as tokens
+    keep: dict = field(default_factory=dict)  # further entries of the checkpoint
+    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
+
+
+def unconditional(
+    args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, device: torch.device
+) -> Task:
+    """A UNet that learns to denoise the images; previews always start from the same noise."""
     count = 64 if args.image_size <= 32 else 16
 
-    def preview(net: torch.nn.Module, epoch: int) -> None:
-        generators = [utils.seeded_generator(args.seed, i) for i in range(count)]
-        x_T = randn_like(torch.empty(count, *shape, device=device), generators)
-        x_0 = sample_images(diffusion, diffusion.denoiser(net), x_T, args, generators)
+    def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
+        x_0 = draw_preview(diffusion, diffusion.denoiser(net), range(count), args, device)
         caption = f"{args.dataset}, epoch {epoch}, {args.sampler} {args.sample_steps} steps"
-        utils.save_picture(utils.make_grid(x_0, caption), run / "samples" / f"epoch_{epoch:04d}.png")
+        utils.save_picture(utils.make_grid(x_0, caption), path)
 
-    return preview
+    return Task("ddpm", make_net(vars(args)), diffusion.loss, preview, data.images)
 
 
-def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
-    """Train a network as the command line says, in a new folder under --runs, or go on with --resume's."""
-    resume = utils.load_checkpoint(args.resume, kind) if args.resume else None
+def draw_preview(
+    diffusion: Diffusion, eps_theta: Denoiser, numbers: Sequence[int], args, device: torch.device
+) -> Tensor:
+    """Images x_0 (B, C, H, W), image i from noise of its own number numbers[i]: one for all epochs."""
+    generators = [utils.seeded_generator(args.seed, i) for i in numbers]
+    shape = (len(numbers), args.channels, args.image_size, args.image_size)
+    x_T = randn_like(torch.empty(shape, device=device), generators)
+    return sample_images(diffusion, eps_theta, x_T, args, generators)
+
+
+def run_training(
+    args: argparse.Namespace,
+    make_task: Callable[..., Task] = unconditional,
+    kinds: Sequence[str] = ("ddpm",),
+    free_on_resume: set[str] = FREE_ON_RESUME,
+) -> None:
+    """Train as the command line says, in a new folder under --runs, or go on with --resume's.
+
+    `make_task(args, data, diffusion, device)` says what is trained; `kinds` are the checkpoints it goes on
+    from.
+    """
+    resume = utils.load_checkpoint(args.resume, *kinds) if args.resume else None
     if resume:
-        args = utils.merge_config(args, resume["config"], FREE_ON_RESUME)
+        args = utils.merge_config(args, resume["config"], free_on_resume)
     device = utils.get_device(args.device)
     fill_sample_steps(args, args.noise_steps)
     if args.image_size:
@@ -765,16 +829,17 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     fill_network_defaults(args)
     fill_data_defaults(args, data)
 
-    config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
     torch.manual_seed(args.seed)
-    net = place(make_net(config), device)
-    diffusion, digest = make_diffusion(config), utils.digest(data.images)
-    loader = Loader(data.images, args.batch_size, device, flip=args.flip, seed=args.seed)
+    diffusion, digest = make_diffusion(vars(args)), utils.digest(data.images)
+    task = make_task(args, data, diffusion, device)
+    config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
+    net = place(task.net, device)
+    loader = Loader(task.images, args.batch_size, device, task.y, args.flip, args.seed)
     if resume:
         check_resumable(resume, args, digest, len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
-        wanted = Path(args.runs) / (args.name or f"{kind}_{args.dataset}")
+        wanted = Path(args.runs) / (args.name or f"{task.kind}_{args.dataset}")
         run = utils.new_path(wanted)
         if run != wanted:
             utils.note(f"{wanted} exists and stays as it is: this run goes to {run}")
@@ -786,18 +851,21 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
     print(f"data     {args.dataset}, {len(data.images)} images of {size}")
     print(f"network  {parameters:.2f} M parameters, on {device}\nresults  in {run}/")
 
-    preview = make_preview(diffusion, data.images.shape[1:], device, run, args)
+    def preview(net: torch.nn.Module, epoch: int) -> None:
+        task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
+
     options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
+    kept = {"kind": task.kind, "config": config, "class_names": data.class_names, "data": digest}
     try:
         ema = train(
             net,
-            diffusion.loss,
+            task.loss,
             loader,
             run,
             **{key: config[key] for key in (*options, "save_every", "preview_every")},
             bf16=use_bf16(args.precision, device, args.width),
             preview=preview,
-            extra={"kind": kind, "config": config, "class_names": data.class_names, "data": digest},
+            extra={**kept, **task.keep},
             resume=resume,
         )
     except Stopped:
@@ -808,7 +876,7 @@ def run_training(args: argparse.Namespace, kind: str = "ddpm") -> None:
         preview(ema.net, args.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
         print(f"{name:10s}  {shlex.quote(str(path))}")
-    print(f"sample more with\n  {command('--sample', 64, '--checkpoint', run)}")
+    print(f"use it with\n  {command(*task.use, run)}")
 
 
 def command(*flags: object) -> str:
@@ -831,47 +899,80 @@ def check_resumable(resume: dict, args: argparse.Namespace, data: str, per_epoch
 GRID_LIMIT = 256  # images shown in a grid; --out gets them all
 
 
-def run_sampling(args: argparse.Namespace, kind: str = "ddpm") -> None:
+def draw_images(
+    diffusion: Diffusion,
+    denoiser_of: Callable[[Sequence[int]], Denoiser],
+    numbers: Sequence[int],
+    args: argparse.Namespace,
+    config: dict,
+    device: torch.device,
+    suffix: str = "",
+) -> tuple[Tensor, list[Tensor]]:
+    """Draw the images of those numbers, each from noise of its own, --batch-size at a time.
+
+    `denoiser_of(numbers of a batch)` is its eps_theta. Each goes to --out as `number + suffix`. -> the images
+    x_0 (B, C, H, W) that a grid shows, the first GRID_LIMIT, and with --animate frames of the first batch:
+    its x_t on the way.
+    """
+    batch_size = args.batch_size or 64
+    evaluations = args.sample_steps + (3 * min(3, args.sample_steps) if args.runge_kutta else 0)
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    shown, frames = [], []
+    with tqdm(total=len(batches) * evaluations, desc=f"sampling{suffix}", unit="step") as bar:
+        for i, batch in enumerate(batches):
+            film = frames if args.animate and i == 0 else None
+            eps_theta = watched(denoiser_of(batch), bar, film, math.ceil(evaluations / 60))
+            generators = [utils.seeded_generator(args.seed, i) for i in batch]
+            shape = (len(batch), config["channels"], config["image_size"], config["image_size"])
+            x_T = randn_like(torch.empty(shape, device=device), generators)
+            x_0 = sample_images(diffusion, eps_theta, x_T, args, generators).cpu()
+            if args.out:
+                for number, picture in zip(batch, utils.to_pictures(x_0), strict=True):
+                    utils.save_picture(picture, Path(args.out) / f"{number:05d}{suffix}.png")
+            shown += [x_0] if i * batch_size < GRID_LIMIT else []
+    shown = torch.cat(shown)[:GRID_LIMIT]
+    return shown, [*frames, shown[: len(frames[0])]] if frames else []
+
+
+def watched(eps_theta: Denoiser, bar: tqdm, frames: list[Tensor] | None, every: int) -> Denoiser:
+    """The denoiser, its calls counted on a progress bar; every so many calls its x_t is kept as a frame."""
+
+    def eps_theta_watched(x_t: Tensor, t: Tensor) -> Tensor:
+        if frames is not None and bar.n % every == 0:
+            frames.append(x_t[:GRID_LIMIT].cpu())
+        bar.update()
+        return eps_theta(x_t, t)
+
+    return eps_theta_watched
+
+
+def run_sampling(args: argparse.Namespace) -> None:
     """Draw --sample images from the averaged weights of --checkpoint, into a grid and what is asked for."""
     device = utils.get_device(args.device)
-    net, diffusion, checkpoint = load_network(args.checkpoint, kind, device)
+    net, diffusion, checkpoint = load_network(args.checkpoint, device)
     config = checkpoint["config"]
     fill_sample_steps(args, diffusion.T)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     prepare_folders(samples, args.out)
-    eps_theta, batch_size = diffusion.denoiser(net), args.batch_size or 64
-    evaluations = args.sample_steps + (3 * min(3, args.sample_steps) if args.runge_kutta else 0)
-    shown, frames = [], []  # images for the grid; for the GIF what the network saw of the first batch
-    with tqdm(total=math.ceil(args.sample / batch_size) * evaluations, desc="sampling", unit="step") as bar:
-
-        def watched(x_t: Tensor, t: Tensor) -> Tensor:
-            if args.animate and not shown and bar.n % math.ceil(evaluations / 60) == 0:
-                frames.append(x_t[:GRID_LIMIT].cpu())
-            bar.update()
-            return eps_theta(x_t, t)
-
-        for first in range(0, args.sample, batch_size):
-            numbers = range(first, min(first + batch_size, args.sample))
-            generators = [utils.seeded_generator(args.seed, i) for i in numbers]
-            shape = (len(numbers), config["channels"], config["image_size"], config["image_size"])
-            x_T = randn_like(torch.empty(shape, device=device), generators)
-            x_0 = sample_images(diffusion, watched, x_T, args, generators).cpu()
-            if args.out:
-                for number, picture in zip(numbers, utils.to_pictures(x_0), strict=True):
-                    utils.save_picture(picture, Path(args.out) / f"{number:05d}.png")
-            shown += [x_0] if first < GRID_LIMIT else []
+    eps_theta = diffusion.denoiser(net)
+    numbers = range(args.sample)
+    shown, frames = draw_images(diffusion, lambda batch: eps_theta, numbers, args, config, device)
 
     made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
     caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {made_by}"
-    grid = utils.new_path(samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png", ".png")
-    utils.save_picture(utils.make_grid(torch.cat(shown)[:GRID_LIMIT], caption), grid)
-    print("grid    ", shlex.quote(str(grid)))
-    if args.animate:
-        pictures = [utils.make_grid(x, caption) for x in [*frames, shown[0][:GRID_LIMIT]]]
-        gif = utils.save_animation(pictures, utils.new_path(grid.with_suffix(".gif"), ".gif"))
-        print("gif     ", shlex.quote(str(gif)))
+    name = samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png"
+    save_grids(utils.make_grid(shown, caption), [utils.make_grid(x, caption) for x in frames], name)
     if args.out:
         print("images  ", shlex.quote(args.out))
+
+
+def save_grids(grid: Image, frames: list[Image], name: Path) -> None:
+    """Write a grid, and the frames of its making as a GIF, under that name or the next free one."""
+    path = utils.save_picture(grid, utils.new_path(name, ".png"))
+    print("grid    ", shlex.quote(str(path)))
+    if frames:
+        gif = utils.save_animation(frames, utils.new_path(path.with_suffix(".gif"), ".gif"))
+        print("gif     ", shlex.quote(str(gif)))
 
 
 def prepare_folders(samples: Path, out: str | None) -> None:

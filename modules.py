@@ -1,13 +1,14 @@
-"""The networks: the UNet of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239) and the average of its
-weights.
+"""The networks: the UNet of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), the same conditioned on
+labels or captions, a classifier of noisy images, and the average of a network's weights.
 
-Every network is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
-clean image or v) is the business of ddpm.Diffusion; a network is only a function from image and time to
-image.
+Every UNet is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
+clean image or v) is the business of ddpm.Diffusion; a network is only a function from image, time and
+condition to image.
 """
 
 import copy
 import math
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -62,19 +63,34 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-class Attention(nn.Module):
-    """Single-head self-attention over the H x W positions, added to its input, (B, C, H, W)."""
+Context = tuple[
+    torch.Tensor, torch.Tensor
+]  # encoded tokens (B, L, D), and which of the L are no padding (B, L)
 
-    def __init__(self, channels: int):
+
+class Attention(nn.Module):
+    """Single-head self-attention over the H x W positions, added to its input, (B, C, H, W).
+
+    With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 2.3).
+    """
+
+    def __init__(self, channels: int, context_dim: int = 0):
         super().__init__()
         self.norm = group_norm(channels)
         self.q, self.k, self.v = (init_layer(nn.Conv2d(channels, channels, 1)) for _ in range(3))
         self.out = init_layer(nn.Conv2d(channels, channels, 1), zero=True)
+        self.context = init_layer(nn.Linear(context_dim, 2 * channels)) if context_dim else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.norm(x)
+    def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        h, mask = self.norm(x), None
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, HW, C)
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])  # softmax(q k' / sqrt(C)) v
+        if context is not None:
+            tokens, real = context
+            k_text, v_text = self.context(tokens).chunk(2, dim=-1)  # (B, L, C) each
+            k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)  # (B, HW + L, C)
+            mask = torch.cat([real.new_ones(q.shape[:2]), real], dim=1)[:, None, None]  # (B, 1, 1, HW + L)
+        # softmax(q k' / sqrt(C)) v, over the keys that are no padding
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)
         return x + self.out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
@@ -103,22 +119,25 @@ class Upsample(nn.Module):
 class Stage(nn.Module):
     """A residual block, followed by attention where the level has it."""
 
-    def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool):
+    def __init__(
+        self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool, context_dim: int
+    ):
         super().__init__()
         self.block = ResidualBlock(c_in, c_out, emb_dim, dropout)
-        self.attention = Attention(c_out) if attention else nn.Identity()
+        self.attention = Attention(c_out, context_dim) if attention else None
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        return self.attention(self.block(x, emb))
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: Context | None) -> torch.Tensor:
+        h = self.block(x, emb)
+        return h if self.attention is None else self.attention(h, context)
 
 
-class UNet(nn.Module):
-    """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
+class Encoder(nn.Module):
+    """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
-    Level i has width * multipliers[i] channels at 1 / 2^i of the resolution, `blocks` residual blocks on the
-    way down and blocks + 1 on the way up; `attention` lists the levels with self-attention, which the middle
-    always has. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. y is not used:
-    conditional networks override `embed`. (The published weights count t from 0: with them, pass t - 1.)
+    Level i has width * multipliers[i] channels at 1 / 2^i of the resolution and `blocks` residual blocks;
+    `attention` lists the levels with self-attention, which the middle always has. H and W must be divisible
+    by `self.divisor` = 2^(levels - 1), else ValueError. `context_dim` is the size of the tokens in the
+    context, where a network has one.
     """
 
     def __init__(
@@ -129,6 +148,7 @@ class UNet(nn.Module):
         blocks: int = 2,
         attention: tuple[int, ...] = (1,),
         dropout: float = 0.0,
+        context_dim: int = 0,
     ):
         super().__init__()
         if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
@@ -138,70 +158,194 @@ class UNet(nn.Module):
                 f"attention levels must lie between 1 (half resolution) and {len(multipliers) - 1}; "
                 "there is none at full resolution, level 0"
             )
-        self.width, self.divisor = width, 2 ** (len(multipliers) - 1)
-        emb_dim, widths = 4 * width, [width * m for m in multipliers]
-
-        def stage(c_in: int, c_out: int, attend: bool) -> Stage:
-            return Stage(c_in, c_out, emb_dim, dropout, attend)
+        self.width, self.divisor, self.emb_dim = width, 2 ** (len(multipliers) - 1), 4 * width
+        self.stage = partial(Stage, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
 
         self.time_mlp = nn.Sequential(
-            init_layer(nn.Linear(width, emb_dim)), nn.SiLU(), init_layer(nn.Linear(emb_dim, emb_dim))
+            init_layer(nn.Linear(width, self.emb_dim)),
+            nn.SiLU(),
+            init_layer(nn.Linear(self.emb_dim, self.emb_dim)),
         )
         self.conv_in = conv3x3(channels, width)
-        c, skips = width, [width]  # channels now, and of every output that is kept as a skip
+        c = width
+        self.skip_channels = [c]  # of every output that the UNet keeps as a skip
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, c_level in enumerate(widths):
+        for level, multiplier in enumerate(multipliers):
             stages = nn.ModuleList()
             for _ in range(blocks):
-                stages.append(stage(c, c_level, level in attention))
-                c = c_level
-                skips.append(c)
+                stages.append(self.stage(c, width * multiplier, attention=level in attention))
+                c = width * multiplier
+                self.skip_channels.append(c)
             self.down.append(stages)
-            if level < len(widths) - 1:
+            if level < len(multipliers) - 1:
                 self.downsample.append(Downsample(c))
-                skips.append(c)
+                self.skip_channels.append(c)
+        self.middle = nn.ModuleList([self.stage(c, c, attention=True), self.stage(c, c, attention=False)])
 
-        self.middle = nn.ModuleList([stage(c, c, True), stage(c, c, False)])
+    def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
+        """What every stage is told besides the image: the embedded time (B, 4 * width), and a context.
 
+        Here y is not used and there is no context: conditional networks override this.
+        """
+        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)), None
+
+    def encode(
+        self, x: torch.Tensor, emb: torch.Tensor, context: Context | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The output of the middle, (B, width * multipliers[-1], H / divisor, W / divisor), and the skips."""
+        if x.shape[-2] % self.divisor or x.shape[-1] % self.divisor:
+            raise ValueError(
+                f"image {tuple(x.shape[-2:])}: height and width must be divisible by {self.divisor}"
+            )
+        h = self.conv_in(x)  # (B, width, H, W)
+        skips = [h]
+        for level, stages in enumerate(self.down):
+            for stage in stages:
+                h = stage(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
+                skips.append(h)
+            if level < len(self.downsample):
+                h = self.downsample[level](h)
+                skips.append(h)
+        for stage in self.middle:
+            h = stage(h, emb, context)
+        return h, skips
+
+
+class UNet(Encoder):
+    """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
+
+    The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level, each of which is
+    also given a skip. (The published weights count t from 0: with them, pass t - 1.)
+    """
+
+    def __init__(
+        self,
+        channels: int = 3,
+        width: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 4),
+        blocks: int = 2,
+        attention: tuple[int, ...] = (1,),
+        dropout: float = 0.0,
+        context_dim: int = 0,
+    ):
+        super().__init__(channels, width, multipliers, blocks, attention, dropout, context_dim)
+        c, skips = width * multipliers[-1], list(self.skip_channels)
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level, c_level in reversed(list(enumerate(widths))):
+        for level, multiplier in reversed(list(enumerate(multipliers))):
             stages = nn.ModuleList()
             for _ in range(blocks + 1):
-                stages.append(stage(c + skips.pop(), c_level, level in attention))
-                c = c_level
+                stages.append(self.stage(c + skips.pop(), width * multiplier, attention=level in attention))
+                c = width * multiplier
             self.up.append(stages)
             if level > 0:
                 self.upsample.append(Upsample(c))
 
         self.norm_out, self.conv_out = group_norm(c), conv3x3(c, channels, zero=True)
 
-    def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> torch.Tensor:
-        """What every residual block is told besides the image: the embedded time; (B,) -> (B, 4 * width)."""
-        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype))
-
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        if x.shape[-2] % self.divisor or x.shape[-1] % self.divisor:
-            raise ValueError(
-                f"image {tuple(x.shape[-2:])}: height and width must be divisible by {self.divisor}"
-            )
-        emb = self.embed(t, y)  # (B, 4 * width)
-        h = self.conv_in(x)  # (B, width, H, W)
-        skips = [h]
-        for level, stages in enumerate(self.down):
-            for stage in stages:
-                h = stage(h, emb)  # (B, width * m, H / 2^level, W / 2^level)
-                skips.append(h)
-            if level < len(self.downsample):
-                h = self.downsample[level](h)
-                skips.append(h)
-        for stage in self.middle:
-            h = stage(h, emb)
+        emb, context = self.embed(t, y)  # (B, 4 * width)
+        h, skips = self.encode(x, emb, context)
         for i, stages in enumerate(self.up):
             for stage in stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+                h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+
+
+class ConditionalUNet(UNet):
+    """The UNet told a label as well: `net(x_t, t, y) -> out`, y (B,) int64 of 0..num_classes - 1.
+
+    y = num_classes is the null label, "no label" (Ho & Salimans 2022), and so is y = None. The embedding
+    starts at zero: the network then is the UNet, bit for bit. The other arguments are the UNet's.
+    """
+
+    def __init__(self, num_classes: int, *unet, **more):
+        super().__init__(*unet, **more)
+        # 2.a label embedding: a row for each class, and the last for the null label
+        self.num_classes = num_classes
+        self.label_embedding = nn.Embedding(num_classes + 1, self.emb_dim)
+        nn.init.zeros_(self.label_embedding.weight)
+
+    def null(self, y: torch.Tensor) -> torch.Tensor:
+        """The null label for each image of a batch; shaped as y (B,)."""
+        return torch.full_like(y, self.num_classes)
+
+    def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
+        emb, context = super().embed(t, y)
+        y = self.null(t) if y is None else y
+        return emb + self.label_embedding(y).to(emb.dtype), context  # 2.a: added to the time embedding
+
+
+PAD, END = 0, 1  # the tokens that are no words: padding, and the end of every caption
+
+
+class TextUNet(UNet):
+    """The UNet told a caption, as in GLIDE (Nichol et al. 2021, section 2.3): `net(x_t, t, y) -> out`.
+
+    y (B, L) int64 holds each caption's tokens, then END, then PAD; L is at most `max_tokens`, and tokens are
+    below `vocabulary`. A transformer encodes them; the last one, END, is added to the time embedding, and all
+    are further keys and values of every attention. The empty caption, END alone, is the null condition, and
+    so is y = None. The other arguments are the UNet's.
+    """
+
+    def __init__(
+        self, vocabulary: int, max_tokens: int, *unet, text_width: int = 128, text_layers: int = 3, **more
+    ):
+        super().__init__(*unet, **more, context_dim=text_width)
+        self.max_tokens = max_tokens
+        self.token_embedding = nn.Embedding(vocabulary, text_width)
+        self.position_embedding = nn.Embedding(max_tokens, text_width)
+        for embedding in (self.token_embedding, self.position_embedding):
+            nn.init.normal_(embedding.weight, std=0.5**0.5)  # their sum has variance 1
+        self.transformer = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                text_width,
+                max(1, text_width // 32),
+                4 * text_width,
+                0.0,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(text_layers)
+        )
+        self.text_norm = nn.LayerNorm(text_width)
+        self.text_to_emb = init_layer(nn.Linear(text_width, self.emb_dim))
+
+    def null(self, y: torch.Tensor) -> torch.Tensor:
+        """The empty caption for each of a batch; shaped as y (B, L)."""
+        empty = torch.full_like(y, PAD)
+        empty[:, 0] = END
+        return empty
+
+    def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
+        emb, _ = super().embed(t, y)
+        y = self.null(t[:, None]) if y is None else y  # (B, L)
+        real = y != PAD
+        h = self.token_embedding(y) + self.position_embedding.weight[: y.shape[1]]  # (B, L, text_width)
+        for layer in self.transformer:
+            h = layer(h, src_key_padding_mask=~real)
+        tokens = self.text_norm(h)
+        last = tokens[torch.arange(len(y), device=y.device), real.sum(1) - 1]  # (B, text_width), END
+        return emb + self.text_to_emb(last), (tokens, real)
+
+
+class Classifier(Encoder):
+    """p(y | x_t), a classifier that knows how noisy its image is: `net(x_t, t) -> logits` (B, num_classes).
+
+    The UNet's way down and middle, averaged over the image (Dhariwal & Nichol 2021, section 4). The other
+    arguments are the UNet's.
+    """
+
+    def __init__(self, num_classes: int, *encoder, **more):
+        super().__init__(*encoder, **more)
+        c = self.skip_channels[-1]
+        self.norm_out, self.head = group_norm(c), init_layer(nn.Linear(c, num_classes))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        h, _ = self.encode(x, *self.embed(t, None))
+        return self.head(F.silu(self.norm_out(h)).mean((2, 3)))
 
 
 class EMA:

@@ -146,9 +146,9 @@ IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 
 @dataclass
 class Source:
-    """Images yet to be decoded: files, or uint8 (N, h, w) or (N, h, w, 3), and what is known of them."""
+    """Images yet to be made, and what is known of them: files, scenes, uint8 (N, h, w) or (N, h, w, 3)."""
 
-    images: list[Path] | np.ndarray
+    images: "list[Path] | list[Scene] | np.ndarray"
     labels: list[int] | None = None  # 0-based
     class_names: list[str] | None = None
     captions: list[str] | None = None
@@ -341,8 +341,27 @@ def stanfordcars(root: Path, split: str) -> Source:
     have it in.
 
     Labels are the official class numbers less 1 (so 0..195) wherever names.csv, anno_*.csv or the devkit give
-    them.
+    them; captions are made of the class names.
     """
+    source = labelled_cars(root, split)
+    if source.labels and not any(UNNAMED.fullmatch(source.class_names[k]) for k in source.labels):
+        source.captions = [car_caption(source.class_names[k]) for k in source.labels]
+    return source
+
+
+UNNAMED = re.compile(r"class \d+")  # what a class is called whose name is not known
+
+
+def car_caption(name: str) -> str:
+    """What a picture of the class shows: "a photo of a 2012 Audi TT RS Coupe" of "Audi TT RS Coupe 2012"."""
+    *words, last = name.split()
+    return " ".join(
+        ["a photo of a", last, *words] if re.fullmatch(r"\d{4}", last) else ["a photo of a", name]
+    )
+
+
+def labelled_cars(root: Path, split: str) -> Source:
+    """The cars with their labels and class names as far as files tell them."""
     images, near = find_cars(root, split)
     source, by_class = Source(image_files(images), root=images), labelled_folders(images)
     names = car_names(near)
@@ -442,7 +461,140 @@ def car_labels(files: list[Path], near: list[Path], split: str) -> list[int] | N
     return [number_of[p.stem] - 1 for p in files]
 
 
-DATASETS: dict[str, Callable[[Path, str], Source]] = {
+# Drawn pictures with captions, for text to image: every scene is made from (seed, index) alone.
+
+COLOURS = {
+    "red": (230, 30, 30),
+    "green": (20, 170, 40),
+    "blue": (40, 70, 240),
+    "yellow": (250, 220, 20),
+    "purple": (150, 40, 190),
+    "orange": (250, 135, 10),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
+SHAPES = {  # corners in units of the radius, y down; a circle has none
+    "circle": [],
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
+    "star": [
+        (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
+        for k in range(10)
+        for r in [(1, 0.42)[k % 2]]
+    ],
+    "cross": [
+        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
+        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
+    ],
+}
+SIZES = {"small": (0.13, 0.16), "large": (0.21, 0.24)}  # radii, in units of the image
+HELD_OUT = {  # pairs that no training image shows: ask for them to see what the model can put together
+    *(("green", "circle"), ("yellow", "square"), ("orange", "triangle"), ("red", "star"), ("blue", "cross")),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape of a scene; radius and centre are in units of the image, the centre from the top left."""
+
+    colour: str
+    shape: str
+    size: str
+    radius: float
+    centre: tuple[float, float]
+
+    def draw(self, canvas: ImageDraw.ImageDraw, pixels: int) -> None:
+        (x, y), r = self.centre, self.radius
+        if corners := SHAPES[self.shape]:
+            canvas.polygon(
+                [((x + r * u) * pixels, (y + r * v) * pixels) for u, v in corners], COLOURS[self.colour]
+            )
+        else:
+            box = [(x - r) * pixels, (y - r) * pixels, (x + r) * pixels, (y + r) * pixels]
+            canvas.ellipse(box, COLOURS[self.colour])
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One or two shapes on a background, and the caption that says so."""
+
+    shapes: tuple[Shape, ...]
+    background: str
+    caption: str
+
+    def draw(self, size: int) -> Image.Image:
+        """The picture, RGB, size x size pixels; drawn four times as large and averaged, for smooth edges."""
+        picture = Image.new("RGB", (4 * size, 4 * size), BACKGROUNDS[self.background])
+        for shape in self.shapes:
+            shape.draw(ImageDraw.Draw(picture), 4 * size)
+        return picture.reduce(4)
+
+
+RELATIONS = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}  # the first shape's side
+
+
+def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene:
+    """The scene of that seed and index, of shapes out of `pairs` of colour and shape.
+
+    Half of the scenes have two shapes, side by side or one above the other. Captions leave out each size, the
+    place and the background one time in four, so that short prompts are understood as well.
+    """
+    rng = np.random.default_rng([seed, index])
+
+    def said(text: str) -> str:
+        return text if rng.random() < 0.75 else ""
+
+    def between(low: float, high: float) -> float:
+        return round(float(rng.uniform(low, high)), 4)
+
+    def shape_at(x: int, y: int) -> tuple[Shape, str]:
+        """A shape on that side (-1, 0 or 1) of the middle, right and down, and what a caption calls it."""
+        colour, shape = pairs[rng.integers(len(pairs))]
+        size = ["small", "large"][rng.integers(2)]
+        radius = between(*SIZES[size])
+        centre = tuple(
+            0.5 + side * between(0.01 + radius, 0.49 - radius) if side else between(0.45, 0.55)
+            for side in (x, y)
+        )
+        description = f"{said(size + ' ')}{colour} {shape}"
+        article = "an" if description.startswith("orange") else "a"
+        return Shape(colour, shape, size, radius, centre), f"{article} {description}"
+
+    background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
+    if rng.random() < 0.5:
+        x, y = (int(side) for side in rng.integers(-1, 2, 2))
+        shape, text = shape_at(x, y)
+        sides = [{-1: "top", 1: "bottom"}.get(y), {-1: "left", 1: "right"}.get(x)]
+        text += said(f" at the {' '.join(filter(None, sides))}" if x or y else " in the middle")
+        shapes = (shape,)
+    else:
+        relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
+        x, y = RELATIONS[relation]
+        (first, text), (second, text_2) = shape_at(x, y), shape_at(-x, -y)
+        text += f" {said(relation) or 'and'} {text_2}"
+        shapes = (first, second)
+    return Scene(shapes, background, text + said(f" on {background}"))
+
+
+def shapes(root: Path, split: str, count: int = 20000) -> Source:
+    """`count` drawn scenes of one or two coloured shapes with captions, the same ones every time.
+
+    The pairs in HELD_OUT are in no image of the "train" split, and all that is in "test".
+    """
+    all_pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    pairs = [pair for pair in all_pairs if (pair in HELD_OUT) == (split == "test")]
+    scenes = [make_scene({"train": 0, "test": 1}[split], index, pairs) for index in range(count)]
+    return Source(scenes, captions=[scene.caption for scene in scenes], flip=False, image_size=32)
+
+
+DRAWN = {"shapes"}  # sets without an end: --limit says how many images there are
+
+
+DATASETS: dict[str, Callable[..., Source]] = {
     "digits": digits,
     "mnist": mnist,
     "fashion_mnist": fashion_mnist,
@@ -450,16 +602,26 @@ DATASETS: dict[str, Callable[[Path, str], Source]] = {
     "imagenette": imagenette,
     "stanfordcars": stanfordcars,
     "folder": folder,
+    "shapes": shapes,
 }
+SIMPLE = {"digits", "mnist", "fashion_mnist", "shapes"}  # narrow networks learn these well, and far sooner
 
 
-def read_image(image: Path | np.ndarray, size: int, channels: int) -> np.ndarray:
+def open_image(image: Path | Scene | np.ndarray, size: int) -> Image.Image:
+    """The picture of a file, an array, or a scene, which is drawn at size x size."""
+    if isinstance(image, Scene):
+        return image.draw(size)
+    return (
+        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image, formats=IMAGE_FORMATS)
+    )
+
+
+def read_image(image: Path | Scene | np.ndarray, size: int, channels: int) -> np.ndarray:
     """One image, upright, on white, short side scaled to `size` and center-cropped; -> (C, size, size) uint8.
 
     Raises OSError, ValueError or what else Pillow raises on a file that is no image.
     """
-    array = isinstance(image, np.ndarray)
-    with Image.fromarray(image) if array else Image.open(image, formats=IMAGE_FORMATS) as picture:
+    with open_image(image, size) as picture:
         picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
         picture.load()  # what is broken in the image is told here;
         with suppress(Exception):  # broken EXIF data do not make it a broken one
@@ -482,7 +644,7 @@ NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
     """All images of a source; -> (M, C, size, size) uint8, and the positions (M,) of those read."""
 
-    def try_read(image: Path | np.ndarray) -> np.ndarray | None:
+    def try_read(image: Path | Scene | np.ndarray) -> np.ndarray | None:
         try:
             return read_image(image, size, channels)
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
@@ -505,10 +667,12 @@ def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.n
 
 
 def fingerprint(source: Source) -> str:
-    """What the pixels are made from: names, sizes and times of the files, or the array itself, hashed."""
-    digest = hashlib.sha256(b"1")  # raise this number when read_image changes what it returns
+    """What the pixels are made from: names, sizes and times of the files, arrays, or scenes, hashed."""
+    digest = hashlib.sha256(b"1")  # raise this number when read_image or Scene changes what it returns
     if isinstance(source.images, np.ndarray):
         digest.update(f"{source.images.shape}".encode() + np.ascontiguousarray(source.images).tobytes())
+    elif isinstance(source.images[0], Scene):
+        digest.update(repr((source.images, COLOURS, BACKGROUNDS, SHAPES)).encode())
     else:
         for path in source.images:
             try:
@@ -560,8 +724,9 @@ def get_data(
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split {split!r}: choose train or test")
-    source = DATASETS[dataset](Path(data_root), split)
-    if limit is not None:
+    drawn = {"count": limit} if dataset in DRAWN and limit else {}
+    source = DATASETS[dataset](Path(data_root), split, **drawn)
+    if limit is not None and not drawn:
         source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
     size, channels = image_size or source.image_size, channels or source.channels
 
@@ -687,8 +852,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
 
 
-def load_checkpoint(path: str | Path, kind: str) -> dict:
-    """Read a run's checkpoint (its folder, or the file) of the kind wanted onto the CPU, never running code
+def load_checkpoint(path: str | Path, *kinds: str) -> dict:
+    """Read a run's checkpoint (its folder, or the file) of a kind wanted onto the CPU, never running code
     from it.
 
     Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
@@ -710,10 +875,9 @@ def load_checkpoint(path: str | Path, kind: str) -> dict:
         ) from None
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
-    if checkpoint["kind"] != kind:
-        raise UserError(
-            f"{path} is a checkpoint of kind {checkpoint['kind']!r}; a {kind!r} one is needed here"
-        )
+    if checkpoint["kind"] not in kinds:
+        needed = " or ".join(f"a {kind!r}" for kind in kinds)
+        raise UserError(f"{path} is a checkpoint of kind {checkpoint['kind']!r}; {needed} one is needed here")
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
     if missing or not isinstance(checkpoint["config"], dict):
         raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
@@ -762,25 +926,58 @@ def to_pictures(x: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in to_uint8(x)]
 
 
-def make_grid(x: torch.Tensor, caption: str = "", columns: int | None = None) -> Image.Image:
+LINE = 16  # pixels from one line of text to the next
+
+
+def make_grid(
+    x: torch.Tensor,
+    caption: str = "",
+    columns: int | None = None,
+    rows: Sequence[str] = (),
+    heads: Sequence[str] = (),
+) -> Image.Image:
     """Images in [-1, 1] (B, C, H, W) side by side, about square unless `columns` is given, under a caption.
 
-    Small images are enlarged by a whole number, so that their pixels can be seen.
+    Small images are enlarged by a whole number, so that their pixels can be seen. `rows` are written beside
+    the rows, `heads` above equal shares of the columns.
     """
     columns = columns or math.ceil(len(x) ** 0.5)
-    rows, gap = math.ceil(len(x) / columns), 2
+    gap = 2
     height, width = x.shape[-2:]
     zoom = max(1, round(64 / max(height, width)))
     cell_w, cell_h = width * zoom + gap, height * zoom + gap
-    lines = wrap(caption, columns * cell_w - 2 * gap)
-    top = gap + 16 * len(lines)
-    grid = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + top + (gap if lines else 0)), "white")
-    for i, line in enumerate(lines):
-        ImageDraw.Draw(grid).text((2 * gap, gap + 16 * i), line, "black", font())
+    left = row_label_width(rows, cell_h)
+    lines = wrap(caption, left + columns * cell_w - 2 * gap)
+    span = columns * cell_w // max(1, len(heads))  # pixels under one head
+    head_lines = [wrap(head, span) for head in heads]
+    top = gap + LINE * (len(lines) + max(map(len, head_lines), default=0))
+    bottom = top + math.ceil(len(x) / columns) * cell_h
+    grid = Image.new("RGB", (left + columns * cell_w + gap, bottom + (gap if lines else 0)), "white")
+
+    def write(texts: list[str], x: int, y: int) -> None:
+        for i, text in enumerate(texts):
+            ImageDraw.Draw(grid).text((x, y + LINE * i), text, "black", font())
+
+    write(lines, 2 * gap, gap)
+    for i, texts in enumerate(head_lines):
+        write(texts, left + gap + i * span, gap + LINE * len(lines))
+    for i, row in enumerate(rows):
+        write(wrap(row, left), 2 * gap, top + i * cell_h + gap)
     for i, picture in enumerate(to_pictures(x)):
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        grid.paste(picture, (gap + i % columns * cell_w, top + i // columns * cell_h))
+        grid.paste(picture, (left + gap + i % columns * cell_w, top + i // columns * cell_h))
     return grid
+
+
+def row_label_width(rows: Sequence[str], height: int) -> int:
+    """The pixels needed beside rows of that height for the longest of their labels; 0 without labels."""
+    fits = (
+        w
+        for w in range(20, 10**5, 10)
+        if all(LINE * len(wrap(row, w)) <= height for row in rows)
+        and all(font().getlength(line) <= w for row in rows for line in wrap(row, w))
+    )
+    return next(fits) + 8 if any(rows) else 0
 
 
 def font() -> ImageFont.ImageFont:
@@ -790,7 +987,7 @@ def font() -> ImageFont.ImageFont:
 def wrap(text: str, width: int) -> list[str]:
     """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
         if lines and font().getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
@@ -894,6 +1091,18 @@ def whole(low: int) -> Callable[[str], float]:
 
 def real(low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     return number(float, low, high, above)
+
+
+def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """An argparse type: values of that kind with commas between them."""
+
+    def parse(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between them")
+        return values
+
+    return parse
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,612 @@
+"""Conditional diffusion: labels and captions, classifier-free and classifier guidance, text to image.
+
+What ddpm.py does, told what to draw. Read it with Classifier-free guidance (Ho & Salimans 2022,
+https://arxiv.org/abs/2207.12598), ADM (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233) and GLIDE
+(Nichol et al. 2021, https://arxiv.org/abs/2112.10741). Guidance makes or wraps a denoiser eps_theta(x_t, t),
+so every sampler of ddpm.py works with every guidance.
+
+    python ddpm_conditional.py                                           train on the embedded digits
+    python ddpm_conditional.py --sample 30 --checkpoint runs/ddpm_conditional_digits --labels 0,3,7
+    python ddpm_conditional.py --dataset stanfordcars --epochs 80        Stanford Cars by class
+    python ddpm_conditional.py --dataset shapes                          text to image
+    python ddpm_conditional.py --task classifier                         for --guidance classifier
+"""
+
+import argparse
+import csv
+import difflib
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import ddpm
+import utils
+from ddpm import Denoiser, Diffusion, Generators, Task
+from modules import END, PAD, Classifier, ConditionalUNet, TextUNet, UNet
+from utils import UserError, real, whole
+
+# ------------------------------------------------------------------------------------------------------------
+# Guidance: each makes a denoiser, or wraps one.
+
+
+def cfg(
+    diffusion: Diffusion,
+    net: torch.nn.Module,
+    y: Tensor,
+    scale: float,
+    interval: tuple[int, int] | None = None,
+    rescale: float = 0.0,
+) -> Denoiser:
+    """Classifier-free guidance, `eps_u + s (eps_c - eps_u)`; y (B, ...) is the condition of each image.
+
+    Ho & Salimans 2022, eq. 6, whose w is s - 1: s = 1 is the plain conditional denoiser, s = 0 the
+    unconditional one. Guides only where interval[0] <= t <= interval[1], if given, and is plain conditional
+    elsewhere (Kynkäänniemi et al. 2024); `rescale` is the phi of `rescaled`.
+    """
+    conditional = diffusion.denoiser(net, y)
+    unconditional = diffusion.denoiser(net, net.null(y))
+    both = diffusion.denoiser(net, torch.cat([net.null(y), y]))
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        # Start: classifier-free guidance (Ho & Salimans 2022, Algorithm 2)
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        eps_u, eps_c = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)  # both halves in one batch
+        eps = torch.lerp(eps_u, eps_c, scale)  # line 3, eq. 6: eps_u + s (eps_c - eps_u)
+        # End
+        return rescaled(diffusion, eps, eps_c, x_t, t, rescale) if rescale else eps
+
+    if scale == 1:
+        return conditional
+    if scale == 0 and not rescale:
+        guided = unconditional
+    return guided if interval is None else within(interval, guided, conditional)
+
+
+def within(interval: tuple[int, int], inside: Denoiser, outside: Denoiser) -> Denoiser:
+    """The denoiser `inside` where interval[0] <= t <= interval[1], else `outside`, for each image."""
+
+    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        here = (interval[0] <= t) & (t <= interval[1])  # (B,)
+        if here.all():
+            return inside(x_t, t)
+        if not here.any():  # so that guidance costs nothing outside its interval
+            return outside(x_t, t)
+        return torch.where(here.view(-1, 1, 1, 1), inside(x_t, t), outside(x_t, t))
+
+    return eps_theta
+
+
+def rescaled(diffusion: Diffusion, eps: Tensor, eps_c: Tensor, x_t: Tensor, t: Tensor, phi: float) -> Tensor:
+    """The guided eps, its x_0 given back the contrast of the conditional one; all (B, C, H, W), t (B,).
+
+    x_0 <- phi x_0 std(x_c) / std(x_0) + (1 - phi) x_0, the standard deviations over each image (Lin et al.
+    2023, eq. 15 and 16, applied to x_0).
+    """
+    x_0, x_c = (diffusion.split(e, x_t, t, "eps")[0] for e in (eps, eps_c))
+    ratio = x_c.std((1, 2, 3), keepdim=True) / x_0.std((1, 2, 3), keepdim=True)
+    return diffusion.split(torch.lerp(x_0, x_0 * ratio, phi), x_t, t, "x_0")[1]
+
+
+def classifier_guidance(
+    diffusion: Diffusion, eps_theta: Denoiser, classifier: torch.nn.Module, y: Tensor, scale: float
+) -> Denoiser:
+    """`eps - sqrt(1 - alpha_bar_t) s grad log p(y | x_t)`, labels y (B,), eps_theta being unconditional.
+
+    `classifier(x_t, t)` gives logits (B, K) (Dhariwal & Nichol 2021, Algorithm 2).
+    """
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        # Start: classifier guidance (Dhariwal & Nichol 2021, Algorithm 2)
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        with torch.enable_grad():  # samplers run without gradients
+            x = x_t.detach().requires_grad_()
+            log_p = F.log_softmax(classifier(x, t), dim=1).gather(1, y[:, None])  # (B, 1), log p(y | x_t)
+            gradient = torch.autograd.grad(log_p.sum(), x)[0]  # of a sum: each image gets its own gradient
+        _, noise = diffusion.scales(t, x_t)
+        return eps_theta(x_t, t) - noise * scale * gradient  # eps_hat
+        # End
+
+    return guided
+
+
+def dynamic_threshold(diffusion: Diffusion, eps_theta: Denoiser, percentile: float) -> Denoiser:
+    """The denoiser, its x_0 clamped to [-s, s] and divided by s, s >= 1 being a quantile of its |x_0|.
+
+    Where guidance drives many pixels out of [-1, 1], this keeps the differences between them, which clipping
+    would remove (Imagen, Saharia et al. 2022, section 2.3). `percentile` in (0, 1].
+    """
+
+    def thresholded(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0, _ = diffusion.split(eps_theta(x_t, t), x_t, t, "eps")
+        s = x_0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        return diffusion.split(x_0.clamp(-s, s) / s, x_t, t, "x_0")[1]
+
+    return thresholded
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Conditions: captions as tokens, and what the command line asks for.
+
+
+class Vocabulary:
+    """The words of a model's captions. A caption's tokens are its words', then END, then PAD; (L,)."""
+
+    def __init__(self, words: list[str], max_tokens: int):
+        self.words, self.max_tokens = words, max_tokens  # max_tokens is L
+        self.number = {word: token for token, word in enumerate(words, start=END + 1)}
+
+    @classmethod
+    def of(cls, captions: Sequence[str]) -> "Vocabulary":
+        """All the words of the captions, as long as the longest of them."""
+        split = [cls.split(caption) for caption in captions]
+        return cls(sorted({word for words in split for word in words}), max(map(len, split)) + 1)
+
+    @staticmethod
+    def split(caption: str) -> list[str]:
+        """The words of a caption, in lower case and without the punctuation around them."""
+        return [word for part in caption.lower().split() if (word := part.strip(".,:;!?\"'()"))]
+
+    def __len__(self) -> int:
+        return END + 1 + len(self.words)
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Tokens (B, L) int64; UserError for a word that is not in the vocabulary, or a caption too long."""
+        tokens = torch.full((len(captions), self.max_tokens), PAD)
+        for row, caption in zip(tokens, captions, strict=True):
+            words = self.split(caption)
+            for word in words:
+                if word not in self.number:
+                    known = nearest(word, self.words)
+                    raise UserError(
+                        f"{caption!r}: the model knows no word {word!r}; the nearest it knows: {known}"
+                    )
+            if len(words) >= self.max_tokens:
+                raise UserError(
+                    f"{caption!r} has {len(words)} words; the model reads at most {self.max_tokens - 1}, "
+                    "the length of its longest training caption: shorten it"
+                )
+            row[: len(words) + 1] = torch.tensor([*(self.number[word] for word in words), END])
+        return tokens
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """The known words most like one, as a list to read."""
+    lower = {name.lower(): name for name in known}
+    return ", ".join(lower[name] for name in difflib.get_close_matches(word.lower(), lower, n=5, cutoff=0))
+
+
+def find_label(text: str, class_names: Sequence[str]) -> int:
+    """The label that a class name, in upper or lower case, or a number means; UserError if none."""
+    lower = [name.lower() for name in class_names]
+    if text.lower() in lower:
+        return lower.index(text.lower())
+    if text.lstrip("+-").isdecimal():
+        if 0 <= int(text) < len(class_names):
+            return int(text)
+        raise UserError(f"label {text} is out of range: the model's labels are 0 to {len(class_names) - 1}")
+    raise UserError(f"{text!r} is no class of the model; the nearest: {nearest(text, class_names)}")
+
+
+def conditions(args: argparse.Namespace, checkpoint: dict) -> tuple[list[str], Tensor]:
+    """What --labels or --prompt asks a model for, R names and y (R, ...); UserError if it can't be asked so.
+
+    Without them: every class, or the captions that the model's previews showed.
+    """
+    if checkpoint["config"].get("condition") == "text":
+        if args.labels:
+            raise UserError("--labels: this model was trained on captions: ask it with --prompt")
+        prompts = args.prompt or checkpoint["examples"]
+        return prompts, Vocabulary(**checkpoint["vocabulary"]).encode(prompts)
+    names = checkpoint["class_names"]
+    if names is None:
+        raise UserError(
+            f"{args.checkpoint} was trained on images without labels: there is nothing to ask it for"
+        )
+    if args.prompt:
+        raise UserError(
+            "--prompt: this model was trained on labels: ask it with --labels, numbers or class names"
+        )
+    labels = [find_label(text, names) for text in args.labels] if args.labels else list(range(len(names)))
+    return [names[label] for label in labels], torch.tensor(labels)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is trained: a conditional denoiser, or a noise-aware classifier. ddpm.train() serves both.
+
+
+def conditional_loss(diffusion: Diffusion, p_uncond: float) -> Callable[..., Tensor]:
+    """`loss(net, x_0, y, generator) -> scalar`, each image's condition dropped with probability p_uncond."""
+
+    def loss(net: torch.nn.Module, x_0: Tensor, y: Tensor, generator: Generators = None) -> Tensor:
+        # Start: training step (Ho & Salimans 2022, Algorithm 1)
+        # 2.b classifier-free guidance: one network learns eps_c and, where the condition is dropped, eps_u
+        coin = torch.rand(len(y), generator=generator, device=y.device)  # one for each image of the batch
+        dropped = (coin < p_uncond).view(-1, *[1] * (y.ndim - 1))  # (B,), or (B, 1) for tokens
+        y = torch.where(dropped, net.null(y), y)  # line 3: c <- null with probability p_uncond
+        return diffusion.loss(net, x_0, y, generator)  # lines 4 to 7: DDPM, Algorithm 1, given y
+        # End
+
+    return loss
+
+
+def classifier_loss(diffusion: Diffusion) -> Callable[..., Tensor]:
+    """`loss(net, x_0, y, generator) -> scalar`, the cross-entropy of p(y | x_t) over all noise levels."""
+
+    def loss(net: torch.nn.Module, x_0: Tensor, y: Tensor, generator: Generators = None) -> Tensor:
+        # Start: training step of the noise-aware classifier (Dhariwal & Nichol 2021, section 4.1)
+        t = diffusion.sample_timesteps(x_0, generator)  # t ~ Uniform({1, ..., T}), one for each image
+        x_t, _ = diffusion.noise_images(x_0, t, generator)  # it will be asked about noisy images
+        return F.cross_entropy(net(x_t, t).float(), y)  # -log p(y | x_t)
+        # End
+
+    return loss
+
+
+def conditional_network(checkpoint: dict) -> Callable[..., torch.nn.Module]:
+    """The class of network that a checkpoint, or what will be one, holds."""
+    if checkpoint["kind"] == "ddpm":
+        return UNet
+    if checkpoint["kind"] == "classifier":
+        return partial(Classifier, len(checkpoint["class_names"]))
+    if checkpoint["config"]["condition"] == "text":
+        vocabulary = Vocabulary(**checkpoint["vocabulary"])
+        return partial(TextUNet, len(vocabulary), vocabulary.max_tokens)
+    return partial(ConditionalUNet, len(checkpoint["class_names"]))
+
+
+def conditional(
+    args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, device: torch.device
+) -> Task:
+    """A UNet that learns to denoise images given their labels or captions; previews have them as rows."""
+    if args.condition is None:
+        args.condition = "text" if data.labels is None else "label"
+    if args.condition == "label":
+        if data.labels is None:
+            raise UserError(f"data set {args.dataset} has no labels{other_condition(data.captions, 'text')}")
+        y, keep = data.labels, {}
+        of = [round(k * (len(data.class_names) - 1) / 9) for k in range(10)]  # ten classes, evenly spaced
+        y_shown = torch.tensor(sorted(set(of)))
+        names = [data.class_names[k] for k in y_shown]
+    else:
+        if data.captions is None:
+            raise UserError(f"data set {args.dataset} has no captions{other_condition(data.labels, 'label')}")
+        vocabulary, names = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
+        y, y_shown = vocabulary.encode(data.captions), vocabulary.encode(names)
+        as_saved = {"words": vocabulary.words, "max_tokens": vocabulary.max_tokens}
+        keep = {"vocabulary": as_saved, "examples": names}
+
+    about = {"kind": "ddpm_conditional", "config": vars(args), "class_names": data.class_names, **keep}
+    net = ddpm.make_net(vars(args), conditional_network(about))
+    if args.init and not args.resume:
+        start_from(net, args.init)
+    if args.p_uncond == 0:
+        utils.note("with --p-uncond 0 nothing unconditional is learned: sample with --guidance-scale 1")
+    columns = 6 if args.image_size <= 32 else 3
+
+    def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
+        numbers = list(range(columns)) * len(names)  # the same noise in every row
+        y = y_shown.repeat_interleave(columns, dim=0).to(device)
+        x_0 = ddpm.draw_preview(
+            diffusion, guided(args, diffusion, net, y, args.guidance_scale[0]), numbers, args, device
+        )
+        caption = f"{args.dataset}, epoch {epoch}, {made_by(args)}, scale {args.guidance_scale[0]:g}"
+        utils.save_picture(utils.make_grid(x_0, caption, columns, rows=names), path)
+
+    return Task(
+        "ddpm_conditional", net, conditional_loss(diffusion, args.p_uncond), preview, data.images, y, keep
+    )
+
+
+def other_condition(values: object, name: str) -> str:
+    return ": choose another --dataset" if values is None else f": train it with --condition {name}"
+
+
+FROM_INIT = {*ddpm.NETWORK_SETTINGS, "image_size", "noise_steps", "schedule", "prediction"}
+FREE_ON_INIT = {"image_size", "dropout"}  # which may differ: the weights fit any size
+
+
+def fill_from_init(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings, with --init's network and diffusion; UserError for a flag that contradicts them."""
+    config = utils.load_checkpoint(args.init, "ddpm")["config"]
+    free = args.typed - FROM_INIT | FREE_ON_INIT
+    return utils.merge_config(args, {dest: config[dest] for dest in FROM_INIT}, free)
+
+
+def start_from(net: torch.nn.Module, path: str) -> None:
+    """Give a conditional network the averaged weights of an unconditional run; what it has more stays new."""
+    unet, _, checkpoint = ddpm.load_network(path, torch.device("cpu"))
+    net.load_state_dict(unet.state_dict(), strict=False)
+    print(f"init     from {path}, epoch {checkpoint['epoch']}")
+
+
+def classification(
+    args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, device: torch.device
+) -> Task:
+    """A classifier of noisy images; a tenth of them is kept back to measure its accuracy."""
+    if data.labels is None:
+        raise UserError(f"data set {args.dataset} has no labels to classify by: choose another --dataset")
+    order = torch.randperm(len(data.images), generator=utils.seeded_generator(args.seed))
+    held_out, trained_on = order.tensor_split([min(1000, math.ceil(len(order) / 10))])
+    if not len(trained_on):
+        raise UserError("a classifier takes two images or more, one of them to measure its accuracy")
+    x_0, y = data.images[held_out].float() / 127.5 - 1, data.labels[held_out]
+
+    def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
+        shown = measure_accuracy(diffusion, net, x_0, y, args, device)
+        log_accuracy(path.parent.parent / "accuracy.csv", epoch, [(t, share) for t, share, _ in shown])
+        columns = min(10, len(x_0))
+        rows = [f"t = {t}: {share:.1%}" for t, share, _ in shown]
+        caption = (
+            f"{args.dataset}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
+        )
+        grid = utils.make_grid(torch.cat([x_t[:columns] for *_, x_t in shown]), caption, columns, rows)
+        utils.save_picture(grid, path)
+
+    about = {"kind": "classifier", "class_names": data.class_names}
+    net = ddpm.make_net(vars(args), conditional_network(about))
+    use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")
+    loss, images, labels = classifier_loss(diffusion), data.images[trained_on], data.labels[trained_on]
+    return Task("classifier", net, loss, preview, images, labels, use=use)
+
+
+@torch.no_grad()
+def measure_accuracy(
+    diffusion: Diffusion, net: torch.nn.Module, x_0: Tensor, y: Tensor, args, device: torch.device
+) -> list[tuple[int, float, Tensor]]:
+    """(t, share of images x_0 (N, C, H, W) classified as y (N,), x_t) at t = 1 and ten more up to T."""
+    results = []
+    for t in sorted({1, *(round(diffusion.T * k / 10) for k in range(1, 11))} - {0}):
+        at = torch.full((len(x_0),), t)
+        x_t, _ = diffusion.noise_images(x_0, at, utils.seeded_generator(args.seed, t))  # the same every epoch
+        batches = zip(x_t.split(args.batch_size), at.split(args.batch_size), strict=True)
+        named = torch.cat([net(x.to(device), t.to(device)).argmax(1).cpu() for x, t in batches])
+        results.append((t, (named == y).float().mean().item(), x_t))
+    return results
+
+
+def log_accuracy(path: Path, epoch: int, shares: list[tuple[int, float]]) -> None:
+    """Print the accuracy per noise level, and add it to accuracy.csv in the place of later epochs."""
+    earlier = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            earlier = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) < epoch]
+    rows = [("epoch", "t", "accuracy"), *earlier, *((epoch, t, f"{share:.4f}") for t, share in shares)]
+    with utils.replacing(path) as file:
+        file.write("".join(f"{','.join(map(str, row))}\n" for row in rows).encode())
+    tqdm.write(f"epoch {epoch}: accuracy at t = " + ", ".join(f"{t}: {share:.1%}" for t, share in shares))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Command line
+
+GUIDANCE_FLAGS = {"classifier": "classifier", "guidance_rescale": "cfg"}  # which --guidance a flag belongs to
+HOW_TO_GUIDE = {"guidance_scale", "guidance_interval", "guidance_rescale", "dynamic_threshold"}
+ONLY_SAMPLING = ddpm.ONLY_SAMPLING | {"labels", "prompt", "guidance", "classifier", "batches"}
+FOR_SAMPLING = ddpm.FOR_SAMPLING | ONLY_SAMPLING | HOW_TO_GUIDE
+OF_THE_DENOISER = {  # flags that mean nothing to a classifier
+    *("condition", "p_uncond", "init", "prediction", "weighting", *ddpm.WEIGHTING_FLAGS),
+    *(*ddpm.HOW_TO_SAMPLE, *HOW_TO_GUIDE),
+}
+FLAG_OWNERS = {
+    **{"guidance": GUIDANCE_FLAGS, "task": {dest: "diffusion" for dest in OF_THE_DENOISER}},
+    **ddpm.FLAG_OWNERS,
+}
+TASKS = {"diffusion": conditional, "classifier": classification}
+
+
+def add_conditional_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("conditional training").add_argument
+    task = "what to train: diffusion, or a noise-aware classifier for --guidance classifier"
+    add("--task", choices=list(TASKS), default="diffusion", metavar="NAME", help=task)
+    on = "label or text: what the network is told (default: label where the data set has labels)"
+    add("--condition", choices=["label", "text"], metavar="NAME", help=on)
+    dropped = "probability of dropping an image's condition, so that the unconditional is learned as well"
+    add("--p-uncond", type=real(0, 1), default=0.1, metavar="P", help=dropped)
+    add(
+        "--init", metavar="RUN", help="start from the weights and settings of an unconditional run of ddpm.py"
+    )
+
+    add = parser.add_argument_group(
+        "guidance (the scale and what follows it also serve the previews)"
+    ).add_argument
+    what = "--sample: class numbers or names, with commas: 0,3,7 (default: all)"
+    add("--labels", type=utils.listed(str), metavar="LIST", help=what)
+    say = "--sample: one or more captions, each in quotes"
+    add("--prompt", nargs="+", action="extend", metavar="CAPTION", help=say)
+    add(
+        "--batches",
+        type=whole(1),
+        default=1,
+        metavar="B",
+        help="--sample: draw B times N images, a grid each",
+    )
+    how = "--sample: cfg (classifier-free), or classifier, with --classifier"
+    add("--guidance", choices=["cfg", "classifier"], default="cfg", metavar="NAME", help=how)
+    add("--classifier", metavar="RUN", help="--guidance classifier: a run of --task classifier")
+    scale = (
+        "1 plain conditional, 0 unconditional, above 1 guided; 1,3,7 compares three in the columns of a grid"
+    )
+    add("--guidance-scale", type=utils.listed(real(0)), default=[3.0], metavar="S", help=scale)
+    span = ("LOW", "HIGH")
+    add("--guidance-interval", type=whole(0), nargs=2, metavar=span, help="guide only where LOW <= t <= HIGH")
+    phi = "--guidance cfg: share of the conditional's contrast that is restored, 0 to 1"
+    add("--guidance-rescale", type=real(0, 1), default=0.0, metavar="PHI", help=phi)
+    quantile = (
+        "scale x_0 down by this quantile of its |x_0| where that is above 1, as 0.995, before it is clipped"
+    )
+    add("--dynamic-threshold", type=real(0, 1, above=True), metavar="P", help=quantile)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = ddpm.make_parser("Train a diffusion model on labels or captions, or sample from one.")
+    add_conditional_flags(parser)
+    return parser
+
+
+def check_guidance_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other; UserError."""
+    if args.guidance == "classifier" and args.classifier is None:
+        raise UserError("--guidance classifier needs --classifier RUN, a run of --task classifier")
+    if args.init and args.resume:
+        raise UserError("--init is for a new run, --resume goes on with one: leave one out")
+    if args.sample is None and len(args.guidance_scale) > 1:
+        raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
+    if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
+        raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
+
+
+def guided(
+    args: argparse.Namespace,
+    diffusion: Diffusion,
+    net: torch.nn.Module,
+    y: Tensor,
+    scale: float,
+    classifier: torch.nn.Module | None = None,
+) -> Denoiser:
+    """The denoiser that the command line asks for, its condition y (B, ...) and guidance closed over."""
+    interval = args.guidance_interval
+    if classifier is None:
+        eps_theta = cfg(diffusion, net, y, scale, interval, args.guidance_rescale)
+    else:
+        base = diffusion.denoiser(net)  # without y: the null condition
+        eps_theta = classifier_guidance(diffusion, base, classifier, y, scale)
+        eps_theta = within(interval, eps_theta, base) if interval else eps_theta
+    return (
+        dynamic_threshold(diffusion, eps_theta, args.dynamic_threshold)
+        if args.dynamic_threshold
+        else eps_theta
+    )
+
+
+def made_by(args: argparse.Namespace) -> str:
+    """How images are drawn, for their caption."""
+    options = {
+        "interval": args.guidance_interval and "{} to {}".format(*args.guidance_interval),
+        "rescale": args.guidance_rescale,
+        "threshold": args.dynamic_threshold,
+    }
+    told = [f"{name} {value}" for name, value in options.items() if value]
+    return ", ".join([f"{args.sampler} {args.sample_steps} steps", f"{args.guidance} guidance", *told])
+
+
+def load_classifier(args: argparse.Namespace, model: dict, device: torch.device) -> torch.nn.Module:
+    """The classifier of --classifier; UserError unless it saw the data, size and noise that the model did."""
+    if model["config"].get("condition") == "text":
+        raise UserError(
+            "--guidance classifier takes a model of labels; this one was trained on captions: use cfg"
+        )
+    classifier, _, checkpoint = ddpm.load_network(
+        args.classifier, device, ("classifier",), conditional_network
+    )
+    theirs, ours = checkpoint["config"], model["config"]
+    for key in ("dataset", "image_size", "channels", "noise_steps", "schedule"):
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"--classifier {args.classifier} was trained with {utils.flag(key)} {theirs[key]}, the model "
+                f"with {ours[key]}: train one with --task classifier {utils.flag(key)} {ours[key]}"
+            )
+    if checkpoint["class_names"] != model["class_names"]:
+        raise UserError(
+            f"--classifier {args.classifier} knows other classes than the model: train one on its data"
+        )
+    return classifier.requires_grad_(False)
+
+
+def run_sampling(args: argparse.Namespace) -> None:
+    """Draw --batches times --sample images from --checkpoint, as asked for: a grid of each batch."""
+    device = utils.get_device(args.device)
+    kinds = ("ddpm_conditional", "ddpm") if args.guidance == "classifier" else ("ddpm_conditional",)
+    net, diffusion, checkpoint = ddpm.load_network(args.checkpoint, device, kinds, conditional_network)
+    config = checkpoint["config"]
+    ddpm.fill_sample_steps(args, diffusion.T)
+    if args.guidance_interval and args.guidance_interval[1] > diffusion.T:
+        raise UserError(f"--guidance-interval: t runs from 1 to {diffusion.T}")
+    classifier = load_classifier(args, checkpoint, device) if args.guidance == "classifier" else None
+    names, y = conditions(args, checkpoint)
+    samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
+    ddpm.prepare_folders(samples, args.out)
+
+    said = []  # of each image in --out
+    for first in range(0, args.batches * args.sample, args.sample):
+        shown, films = [], []  # for each scale
+        for scale in args.guidance_scale:
+
+            def denoiser_of(numbers: Sequence[int], first: int = first, scale: float = scale) -> Denoiser:
+                asked = torch.tensor([(i - first) % len(names) for i in numbers])
+                return guided(args, diffusion, net, y[asked].to(device), scale, classifier)
+
+            numbers = range(first, first + args.sample)
+            suffix = f"_scale{scale:g}" if len(args.guidance_scale) > 1 else ""
+            x_0, frames = ddpm.draw_images(diffusion, denoiser_of, numbers, args, config, device, suffix)
+            shown.append(x_0)
+            films.append(frames)
+            for i in numbers:
+                name = names[(i - first) % len(names)]
+                said.append({"file_name": f"{i:05d}{suffix}.png", "text": name, "guidance_scale": scale})
+
+        draw = partial(
+            condition_grid, names=names, caption=caption_of(args, checkpoint), scales=args.guidance_scale
+        )
+        name = f"{args.guidance}_{args.sampler}_{args.sample_steps}_seed{args.seed}.png"
+        ddpm.save_grids(draw(shown), [draw(frame) for frame in zip(*films, strict=True)], samples / name)
+    if args.out:
+        with utils.replacing(Path(args.out) / "metadata.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in said).encode())
+        print("images  ", shlex.quote(args.out))
+
+
+def caption_of(args: argparse.Namespace, checkpoint: dict) -> str:
+    scale = f", scale {args.guidance_scale[0]:g}" if len(args.guidance_scale) == 1 else ""
+    dataset, epoch = checkpoint["config"]["dataset"], checkpoint["epoch"]
+    return f"{dataset}, epoch {epoch}, {made_by(args)}{scale}, seed {args.seed}"
+
+
+def condition_grid(x: Sequence[Tensor], names: list[str], caption: str, scales: Sequence[float]) -> Image:
+    """A grid with conditions as rows and scales as columns; x has (N, C, H, W) for each scale.
+
+    Image i of a scale is of condition i modulo their number. A condition with many images takes several rows.
+    """
+    names = names[: len(x[0])]
+    each = math.ceil(len(x[0]) / len(names))  # images of a condition at a scale
+    across = min(each, max(1, 12 // len(x)))  # of them in a row
+    cells, rows = [], []
+    for k, name in enumerate(names):
+        for start in range(0, each, across):
+            rows.append(name if start == 0 else "")
+            for of_scale in x:
+                images = of_scale[k :: len(names)][start : start + across]
+                blank = images.new_ones(across - len(images), *images.shape[1:])
+                cells += [images, blank]
+    heads = [f"scale {scale:g}" for scale in scales] if len(scales) > 1 else []
+    return utils.make_grid(torch.cat(cells), caption, len(x) * across, rows, heads)
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    ddpm.check_flags(args, FLAG_OWNERS, FOR_SAMPLING, ONLY_SAMPLING)
+    check_guidance_flags(args)
+    if args.sample is not None:
+        run_sampling(args)
+        return
+    if args.init:
+        args = fill_from_init(args)
+    free = ddpm.FREE_ON_RESUME | HOW_TO_GUIDE
+    ddpm.run_training(args, make_task, ("ddpm_conditional", "classifier"), free)
+
+
+def make_task(args: argparse.Namespace, *more) -> Task:
+    return TASKS[args.task](args, *more)
+
+
+if __name__ == "__main__":
+    utils.run_main(main)
