@@ -540,7 +540,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    passes = "passes over the data (default: 20 for digits, 8 for shapes, else 80)"
+    passes = "passes over the data (default: 20 for digits, 6 for shapes, else 80)"
     add("--epochs", type=whole(1), metavar="N", help=passes)
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
@@ -671,7 +671,7 @@ def fill_network_defaults(args: argparse.Namespace) -> None:
         )
 
 
-EPOCHS = {"digits": 20, "shapes": 8}  # where 80 are more than it takes
+EPOCHS = {"digits": 20, "shapes": 6}  # where 80 are more than it takes
 
 
 def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
@@ -830,13 +830,15 @@ def run_training(
     fill_data_defaults(args, data)
 
     torch.manual_seed(args.seed)
-    diffusion, digest = make_diffusion(vars(args)), utils.digest(data.images)
+    diffusion = make_diffusion(vars(args))
     task = make_task(args, data, diffusion, device)
+    digest = utils.digest(task.images) + ("" if task.y is None else utils.digest(task.y))
     config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
     net = place(task.net, device)
     loader = Loader(task.images, args.batch_size, device, task.y, args.flip, args.seed)
+    kept = {"config": config, "class_names": data.class_names, "data": digest, **task.keep}
     if resume:
-        check_resumable(resume, args, digest, len(loader))
+        check_resumable(resume, args, kept, len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
         wanted = Path(args.runs) / (args.name or f"{task.kind}_{args.dataset}")
@@ -855,7 +857,6 @@ def run_training(
         task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
     options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
-    kept = {"kind": task.kind, "config": config, "class_names": data.class_names, "data": digest}
     try:
         ema = train(
             net,
@@ -865,7 +866,7 @@ def run_training(
             **{key: config[key] for key in (*options, "save_every", "preview_every")},
             bf16=use_bf16(args.precision, device, args.width),
             preview=preview,
-            extra={**kept, **task.keep},
+            extra={"kind": task.kind, **kept},
             resume=resume,
         )
     except Stopped:
@@ -884,11 +885,14 @@ def command(*flags: object) -> str:
     return shlex.join(["python", sys.argv[0], *map(str, flags)])
 
 
-def check_resumable(resume: dict, args: argparse.Namespace, data: str, per_epoch: int) -> None:
-    """UserError unless the run can go on: from its own checkpoint, with the data it had, not past its end."""
+def check_resumable(resume: dict, args: argparse.Namespace, kept: dict, per_epoch: int) -> None:
+    """UserError unless the run can go on: from its own checkpoint, with the data it had, not past its end.
+
+    `kept` is what its next checkpoint would hold of settings and data.
+    """
     if utils.checkpoint_file(args.resume).name != "ckpt.pt":
         raise UserError(f"--resume {args.resume}: a run goes on in its folder, from its ckpt.pt: name that")
-    if data != resume["data"]:
+    if any(resume.get(key) != value for key, value in kept.items() if key != "config"):
         raise UserError("the data set has changed since the run began: bring it back, or start a new run")
     if resume["step"] > args.epochs * per_epoch:
         raise UserError(f"the run has had {resume['epoch']} epochs already: ask for more --epochs")
@@ -984,7 +988,7 @@ def prepare_folders(samples: Path, out: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise UserError(f"folder {folder} can't be written to: copy the run, or name another --out")
-    if out and utils.image_files(Path(out)):
+    if out and (utils.image_files(Path(out)) or (Path(out) / "metadata.jsonl").exists()):
         raise UserError(f"--out {out} already holds images: name a new or an empty folder")
 
 

@@ -90,7 +90,7 @@ def rescaled(diffusion: Diffusion, eps: Tensor, eps_c: Tensor, x_t: Tensor, t: T
     """The guided eps, its x_0 given back the contrast of the conditional one; all (B, C, H, W), t (B,).
 
     x_0 <- phi x_0 std(x_c) / std(x_0) + (1 - phi) x_0, the standard deviations over each image (Lin et al.
-    2023, eq. 15 and 16, applied to x_0).
+    2023, section 3.4, applied to x_0).
     """
     x_0, x_c = (diffusion.split(e, x_t, t, "eps")[0] for e in (eps, eps_c))
     ratio = x_c.std((1, 2, 3), keepdim=True) / x_0.std((1, 2, 3), keepdim=True)
@@ -243,7 +243,7 @@ def classifier_loss(diffusion: Diffusion) -> Callable[..., Tensor]:
     """`loss(net, x_0, y, generator) -> scalar`, the cross-entropy of p(y | x_t) over all noise levels."""
 
     def loss(net: torch.nn.Module, x_0: Tensor, y: Tensor, generator: Generators = None) -> Tensor:
-        # Start: training step of the noise-aware classifier (Dhariwal & Nichol 2021, section 4.1)
+        # Start: training step of the noise-aware classifier (Dhariwal & Nichol 2021, section 4.3)
         t = diffusion.sample_timesteps(x_0, generator)  # t ~ Uniform({1, ..., T}), one for each image
         x_t, _ = diffusion.noise_images(x_0, t, generator)  # it will be asked about noisy images
         return F.cross_entropy(net(x_t, t).float(), y)  # -log p(y | x_t)
@@ -463,6 +463,13 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
+    if args.sample is None and not args.resume:
+        check_interval(args, args.noise_steps)
+
+
+def check_interval(args: argparse.Namespace, T: int) -> None:
+    if args.guidance_interval and args.guidance_interval[1] > T:
+        raise UserError(f"--guidance-interval: t runs from 1 to {T}")
 
 
 def guided(
@@ -529,8 +536,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     net, diffusion, checkpoint = ddpm.load_network(args.checkpoint, device, kinds, conditional_network)
     config = checkpoint["config"]
     ddpm.fill_sample_steps(args, diffusion.T)
-    if args.guidance_interval and args.guidance_interval[1] > diffusion.T:
-        raise UserError(f"--guidance-interval: t runs from 1 to {diffusion.T}")
+    check_interval(args, diffusion.T)
     classifier = load_classifier(args, checkpoint, device) if args.guidance == "classifier" else None
     names, y = conditions(args, checkpoint)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
@@ -548,8 +554,9 @@ def run_sampling(args: argparse.Namespace) -> None:
             numbers = range(first, first + args.sample)
             suffix = f"_scale{scale:g}" if len(args.guidance_scale) > 1 else ""
             x_0, frames = ddpm.draw_images(diffusion, denoiser_of, numbers, args, config, device, suffix)
-            shown.append(x_0)
-            films.append(frames)
+            in_grid = ddpm.GRID_LIMIT // len(args.guidance_scale)
+            shown.append(x_0[:in_grid])
+            films.append([frame[:in_grid] for frame in frames])
             for i in numbers:
                 name = names[(i - first) % len(names)]
                 said.append({"file_name": f"{i:05d}{suffix}.png", "text": name, "guidance_scale": scale})
@@ -578,7 +585,7 @@ def condition_grid(x: Sequence[Tensor], names: list[str], caption: str, scales: 
     """
     names = names[: len(x[0])]
     each = math.ceil(len(x[0]) / len(names))  # images of a condition at a scale
-    across = min(each, max(1, 12 // len(x)))  # of them in a row
+    across = min(each, max(1, 16 // len(x)))  # of them in a row
     cells, rows = [], []
     for k, name in enumerate(names):
         for start in range(0, each, across):

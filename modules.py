@@ -71,7 +71,7 @@ Context = tuple[
 class Attention(nn.Module):
     """Single-head self-attention over the H x W positions, added to its input, (B, C, H, W).
 
-    With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 2.3).
+    With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 4.1).
     """
 
     def __init__(self, channels: int, context_dim: int = 0):
@@ -281,7 +281,7 @@ PAD, END = 0, 1  # the tokens that are no words: padding, and the end of every c
 
 
 class TextUNet(UNet):
-    """The UNet told a caption, as in GLIDE (Nichol et al. 2021, section 2.3): `net(x_t, t, y) -> out`.
+    """The UNet told a caption, as in GLIDE (Nichol et al. 2021, section 4.1): `net(x_t, t, y) -> out`.
 
     y (B, L) int64 holds each caption's tokens, then END, then PAD; L is at most `max_tokens`, and tokens are
     below `vocabulary`. A transformer encodes them; the last one, END, is added to the time embedding, and all
@@ -334,7 +334,7 @@ class TextUNet(UNet):
 class Classifier(Encoder):
     """p(y | x_t), a classifier that knows how noisy its image is: `net(x_t, t) -> logits` (B, num_classes).
 
-    The UNet's way down and middle, averaged over the image (Dhariwal & Nichol 2021, section 4). The other
+    The UNet's way down and middle, averaged over the image (Dhariwal & Nichol 2021, section 4.3). The other
     arguments are the UNet's.
     """
 

@@ -1,11 +1,13 @@
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ddpm
+import ddpm_conditional
 import utils
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -23,21 +25,44 @@ class Result:
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Run `ddpm.py ...` in an empty folder, as the command line does; -> exit status, stdout, stderr."""
+def script(tmp_path, monkeypatch, capsys):
+    """Run `MODULE.py ...` in an empty folder, as the command line does; -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ddpm.py", *map(str, args)])
+    def run(module, *args: str) -> Result:
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
         capsys.readouterr()
         code = 0
         try:
-            utils.run_main(ddpm.main)
+            utils.run_main(module.main)
         except SystemExit as end:
             code = end.code or 0
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def cli(script):
+    return partial(script, ddpm)
+
+
+@pytest.fixture
+def conditional(script):
+    return partial(script, ddpm_conditional)
+
+
+def run_in(folder: Path, module, *args: str) -> Path:
+    """Run `MODULE.py ...` in a folder, for runs that many tests share; -> the folder."""
+    before, argv = os.getcwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = [f"{module.__name__}.py", *map(str, args)]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+        os.chdir(before)
+    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT, TINY, error_line
+from conftest import PROJECT, TINY, error_line, run_in
 from PIL import Image
 
 import ddpm
@@ -20,16 +20,7 @@ import utils
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with one tiny run in it, runs/ddpm_digits."""
-    folder = tmp_path_factory.mktemp("trained")
-    before, argv = os.getcwd(), sys.argv
-    os.chdir(folder)
-    sys.argv = ["ddpm.py", *TINY]
-    try:
-        ddpm.main()
-    finally:
-        sys.argv = argv
-        os.chdir(before)
-    return folder / "runs/ddpm_digits"
+    return run_in(tmp_path_factory.mktemp("trained"), ddpm, *TINY) / "runs/ddpm_digits"
 
 
 def pixels(path):
@@ -181,8 +172,9 @@ def test_real_cars_and_mnist(cli, data_root):
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 28, 32, 48, 64, 96, 128, 256])
-def test_default_networks_fit_their_sizes(image_size):
-    defaults = ddpm.unet_defaults(image_size)
+@pytest.mark.parametrize("simple", [False, True])
+def test_default_networks_fit_their_sizes(image_size, simple):
+    defaults = ddpm.unet_defaults(image_size, simple)
     with torch.device("meta"):
         net = ddpm.UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")})
     assert image_size % net.divisor == 0 and 0 not in defaults["attention"]

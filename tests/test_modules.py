@@ -7,7 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modules import EMA, Attention, Downsample, ResidualBlock, UNet, Upsample, group_norm, timestep_embedding
+from modules import (
+    EMA,
+    PAD,
+    Attention,
+    Classifier,
+    ConditionalUNet,
+    Downsample,
+    ResidualBlock,
+    TextUNet,
+    UNet,
+    Upsample,
+    group_norm,
+    timestep_embedding,
+)
 
 
 def randomized(net, seed=0):
@@ -164,3 +177,134 @@ def test_ema_is_its_recursion():
         average = d * average + (1 - d) * step
         assert ema.net.weight.item() == pytest.approx(average, rel=1e-4)
     assert not ema.net.weight.requires_grad and not ema.net.training
+
+
+# conditional networks
+
+SMALL = dict(channels=2, width=8, multipliers=(1, 2), blocks=1, attention=(1,))
+
+
+def inputs(B=4):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(B, 2, 8, 8, generator=g), torch.randint(1, 1001, (B,), generator=g)
+
+
+def test_conditional_unet_with_a_zero_embedding_is_the_unet_bit_for_bit():
+    unet, net = randomized(UNet(**SMALL)), ConditionalUNet(num_classes=3, **SMALL)
+    missing, unexpected = net.load_state_dict(unet.state_dict(), strict=False)
+    assert missing == ["label_embedding.weight"] and not unexpected
+    x, t = inputs()
+    y = torch.tensor([0, 1, 2, 3])  # 3 is the null label
+    assert torch.equal(net(x, t, y), unet(x, t))  # as it is made
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net(x, t, y), unet(x, t))
+    net.label_embedding.weight.data.normal_()
+    assert not torch.allclose(net(x, t, y), unet(x, t))
+    net.label_embedding.weight.data.zero_()
+    assert torch.equal(net(x, t, y), unet(x, t))
+
+
+def test_each_label_moves_its_own_images_and_null_is_no_label():
+    net = randomized(ConditionalUNet(3, **SMALL))
+    x, t = inputs()
+    y = torch.tensor([0, 1, 2, 1])
+    assert net.null(y).tolist() == [3] * 4
+    assert torch.equal(net(x, t), net(x, t, net.null(y)))
+    changed = (net(x, t, torch.tensor([0, 2, 2, 1])) - net(x, t, y)).abs().amax((1, 2, 3))
+    assert changed[1] > 1e-3 and changed[[0, 2, 3]].max() < 1e-5
+
+
+def test_label_embedding_is_added_to_the_time_embedding():
+    net = randomized(ConditionalUNet(3, **SMALL))
+    _, t = inputs()
+    y = torch.tensor([2, 0, 3, 1])
+    emb, context = net.embed(t, y)
+    assert (
+        torch.allclose(emb, UNet.embed(net, t, None)[0] + net.label_embedding.weight[y]) and context is None
+    )
+
+
+CAPTIONS = torch.tensor(  # END is 1, PAD is 0
+    [[5, 6, 7, 1, 0, 0], [7, 6, 5, 1, 0, 0], [2, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
+)
+
+
+def text_unet():
+    net = randomized(TextUNet(vocabulary=8, max_tokens=6, text_width=32, text_layers=2, **SMALL))
+    net.token_embedding.weight.data.normal_(generator=torch.Generator().manual_seed(2))
+    return net
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_padding_tells_a_text_unet_nothing(mode):
+    net = getattr(text_unet(), mode)()
+    x, t = inputs()
+    with torch.no_grad() if mode == "eval" else torch.enable_grad():
+        whole = net(x, t, CAPTIONS)
+        for i, length in enumerate((4, 4, 2, 1)):
+            alone = net(x[i : i + 1], t[i : i + 1], CAPTIONS[i : i + 1, :length])
+            assert torch.allclose(whole[i : i + 1], alone, atol=1e-5)
+        net.token_embedding.weight.data[PAD] += 3.0
+        assert torch.allclose(net(x, t, CAPTIONS), whole, atol=1e-5)
+
+
+def test_words_and_their_order_matter():
+    net = text_unet()
+    x, t = inputs(1)
+    out = [net(x, t, caption[None]) for caption in CAPTIONS]
+    for i in range(4):
+        for j in range(i):
+            assert (out[i] - out[j]).abs().max() > 1e-3
+
+
+def test_empty_caption_is_the_null_condition():
+    net = text_unet()
+    x, t = inputs()
+    assert torch.equal(net.null(CAPTIONS), CAPTIONS[3:].expand(4, -1))
+    assert torch.allclose(net(x, t), net(x, t, net.null(CAPTIONS)), atol=1e-6)
+
+
+def test_the_last_token_joins_the_time_embedding_and_all_are_context():
+    net = text_unet()
+    _, t = inputs()
+    emb, (tokens, real) = net.embed(t, CAPTIONS)
+    assert tokens.shape == (4, 6, 32) and real.sum(1).tolist() == [4, 4, 2, 1]
+    last = torch.stack([tokens[0, 3], tokens[1, 3], tokens[2, 1], tokens[3, 0]])
+    assert torch.allclose(emb, UNet.embed(net, t, None)[0] + net.text_to_emb(last), atol=1e-6)
+
+
+def test_context_is_further_keys_and_values():
+    """softmax over H W + L keys, written out, padding left out of the sum."""
+    layer = randomized(Attention(8, context_dim=5))
+    x, tokens = torch.randn(2, 8, 2, 3), torch.randn(2, 4, 5)
+    real = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    out = layer(x, (tokens, real))
+    for i in range(2):
+        h = layer.norm(x[i : i + 1])
+        q, k, v = (f(h)[0].flatten(1).T for f in (layer.q, layer.k, layer.v))  # (HW, C)
+        k_text, v_text = layer.context(tokens[i][real[i]]).chunk(2, dim=-1)
+        weights = F.softmax(q @ torch.cat([k, k_text]).T / math.sqrt(8), dim=1)  # (HW, HW + L)
+        mixed = (weights @ torch.cat([v, v_text])).T.reshape(1, 8, 2, 3)
+        assert torch.allclose(out[i], (x[i : i + 1] + layer.out(mixed))[0], atol=1e-5)
+
+
+def test_every_attention_layer_has_the_context():
+    net = text_unet()
+    layers = [m for m in net.modules() if isinstance(m, Attention)]
+    assert len(layers) == 4 and all(m.context is not None for m in layers)  # one down, middle, two up
+    x, t = inputs()
+    net(x, t, CAPTIONS).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_classifier_is_the_way_down_pooled():
+    net = randomized(Classifier(3, **SMALL))
+    x, t = inputs()
+    assert net(x, t).shape == (4, 3)
+    names = {name.split(".")[0] for name, _ in net.named_parameters()}
+    assert names == {"time_mlp", "conv_in", "down", "downsample", "middle", "norm_out", "head"}
+    assert not torch.allclose(net(x, t), net(x, t + 300))  # it knows the noise level
+    h, _ = net.encode(x, *net.embed(t, None))
+    assert torch.allclose(net(x, t), net.head(F.silu(net.norm_out(h)).flatten(2).mean(2)), atol=1e-6)
+    wide = net(torch.randn(4, 2, 16, 24), t)  # pooled, so any size
+    assert wide.shape == (4, 3)
