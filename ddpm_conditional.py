@@ -145,6 +145,10 @@ class Vocabulary:
         self.words, self.max_tokens = words, max_tokens  # max_tokens is L
         self.number = {word: token for token, word in enumerate(words, start=END + 1)}
 
+    def state(self) -> dict:
+        """What a checkpoint keeps: `Vocabulary(**state)` is the same one."""
+        return {"words": self.words, "max_tokens": self.max_tokens}
+
     @classmethod
     def of(cls, captions: Sequence[str]) -> "Vocabulary":
         """All the words of the captions, as long as the longest of them."""
@@ -264,51 +268,54 @@ def conditional_network(checkpoint: dict) -> Callable[..., torch.nn.Module]:
     return partial(ConditionalUNet, len(checkpoint["class_names"]))
 
 
+def by_label(args: argparse.Namespace, data: utils.Data) -> tuple[Tensor, list[str], Tensor, dict]:
+    """y (N,) of every image, the names and y of the classes that previews show, what a checkpoint keeps."""
+    if data.labels is None:
+        raise UserError(f"data set {args.dataset} has no labels{instead(data.captions, 'text')}")
+    last = len(data.class_names) - 1
+    shown = sorted({round(k * last / 9) for k in range(10)})  # ten classes, evenly spaced
+    return data.labels, [data.class_names[k] for k in shown], torch.tensor(shown), {}
+
+
+def by_caption(args: argparse.Namespace, data: utils.Data) -> tuple[Tensor, list[str], Tensor, dict]:
+    """The same for captions, y (N, L) being tokens of the vocabulary of all captions."""
+    if data.captions is None:
+        raise UserError(f"data set {args.dataset} has no captions{instead(data.labels, 'label')}")
+    vocabulary, shown = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
+    keep = {"vocabulary": vocabulary.state(), "examples": shown}
+    return vocabulary.encode(data.captions), shown, vocabulary.encode(shown), keep
+
+
+def instead(values: object, condition: str) -> str:
+    return ": choose another --dataset" if values is None else f": train it with --condition {condition}"
+
+
+CONDITIONS = {"label": by_label, "text": by_caption}
+
+
 def conditional(
     args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, device: torch.device
 ) -> Task:
     """A UNet that learns to denoise images given their labels or captions; previews have them as rows."""
-    if args.condition is None:
-        args.condition = "text" if data.labels is None else "label"
-    if args.condition == "label":
-        if data.labels is None:
-            raise UserError(f"data set {args.dataset} has no labels{other_condition(data.captions, 'text')}")
-        y, keep = data.labels, {}
-        of = [round(k * (len(data.class_names) - 1) / 9) for k in range(10)]  # ten classes, evenly spaced
-        y_shown = torch.tensor(sorted(set(of)))
-        names = [data.class_names[k] for k in y_shown]
-    else:
-        if data.captions is None:
-            raise UserError(f"data set {args.dataset} has no captions{other_condition(data.labels, 'label')}")
-        vocabulary, names = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
-        y, y_shown = vocabulary.encode(data.captions), vocabulary.encode(names)
-        as_saved = {"words": vocabulary.words, "max_tokens": vocabulary.max_tokens}
-        keep = {"vocabulary": as_saved, "examples": names}
-
+    args.condition = args.condition or ("text" if data.labels is None else "label")
+    y, names, y_shown, keep = CONDITIONS[args.condition](args, data)
     about = {"kind": "ddpm_conditional", "config": vars(args), "class_names": data.class_names, **keep}
     net = ddpm.make_net(vars(args), conditional_network(about))
     if args.init and not args.resume:
         start_from(net, args.init)
     if args.p_uncond == 0:
         utils.note("with --p-uncond 0 nothing unconditional is learned: sample with --guidance-scale 1")
-    columns = 6 if args.image_size <= 32 else 3
+    columns, scale = 6 if args.image_size <= 32 else 3, args.guidance_scale[0]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
         numbers = list(range(columns)) * len(names)  # the same noise in every row
         y = y_shown.repeat_interleave(columns, dim=0).to(device)
-        x_0 = ddpm.draw_preview(
-            diffusion, guided(args, diffusion, net, y, args.guidance_scale[0]), numbers, args, device
-        )
-        caption = f"{args.dataset}, epoch {epoch}, {made_by(args)}, scale {args.guidance_scale[0]:g}"
+        x_0 = ddpm.draw_preview(diffusion, guided(args, diffusion, net, y, scale), numbers, args, device)
+        caption = f"{args.dataset}, epoch {epoch}, {made_by(args)}, scale {scale:g}"
         utils.save_picture(utils.make_grid(x_0, caption, columns, rows=names), path)
 
-    return Task(
-        "ddpm_conditional", net, conditional_loss(diffusion, args.p_uncond), preview, data.images, y, keep
-    )
-
-
-def other_condition(values: object, name: str) -> str:
-    return ": choose another --dataset" if values is None else f": train it with --condition {name}"
+    loss = conditional_loss(diffusion, args.p_uncond)
+    return Task("ddpm_conditional", net, loss, preview, data.images, y, keep)
 
 
 FROM_INIT = {*ddpm.NETWORK_SETTINGS, "image_size", "noise_steps", "schedule", "prediction"}
@@ -409,7 +416,7 @@ def add_conditional_flags(parser: argparse.ArgumentParser) -> None:
     task = "what to train: diffusion, or a noise-aware classifier for --guidance classifier"
     add("--task", choices=list(TASKS), default="diffusion", metavar="NAME", help=task)
     on = "label or text: what the network is told (default: label where the data set has labels)"
-    add("--condition", choices=["label", "text"], metavar="NAME", help=on)
+    add("--condition", choices=list(CONDITIONS), metavar="NAME", help=on)
     dropped = "probability of dropping an image's condition, so that the unconditional is learned as well"
     add("--p-uncond", type=real(0, 1), default=0.1, metavar="P", help=dropped)
     add(

@@ -18,8 +18,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ddpm
+import ddpm_conditional
 import utils
-from modules import EMA, UNet
+from modules import EMA, ConditionalUNet, UNet
 
 
 def ratio(name: str, slow: Callable, fast: Callable, repeats: int, device: torch.device) -> None:
@@ -61,6 +62,26 @@ def training_step(
         ema.update(net, 0)
 
     return step
+
+
+def guidance_step(size: int, batch: int, device: torch.device) -> tuple[Callable, Callable]:
+    """One evaluation of classifier-free guidance, both halves in one batch, and one unconditional one."""
+    torch.manual_seed(0)
+    defaults = ddpm.unet_defaults(size)
+    settings = {k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")}
+    net, diffusion = ddpm.place(ConditionalUNet(10, 3, **settings), device).eval(), ddpm.Diffusion()
+    x_t = torch.randn(batch, 3, size, size, device=device)
+    t, y = torch.full((batch,), 500, device=device), torch.arange(batch, device=device) % 10
+    guided, plain = ddpm_conditional.cfg(diffusion, net, y, 3.0), diffusion.denoiser(net)
+
+    def run(eps_theta: Callable) -> Callable[[], None]:
+        def step() -> None:
+            with torch.no_grad():
+                eps_theta(x_t, t)
+
+        return step
+
+    return run(guided), run(plain)
 
 
 def loading(folder: Path, device: torch.device) -> tuple[Callable, Callable]:
@@ -116,6 +137,9 @@ def main() -> None:
             repeats,
             device,
         )
+        guided, plain = guidance_step(size, batch, device)
+        name = f"a step of guidance at {size} x {size}, over an unconditional one"
+        ratio(name, guided, plain, 3 * repeats, device)
         if not cpu:
             compiled = training_step(size, batch, device, bf16=True, compile=True)
             ratio(
