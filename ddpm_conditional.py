@@ -17,6 +17,7 @@ import csv
 import difflib
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -56,7 +57,7 @@ def cfg(
     unconditional = diffusion.denoiser(net, net.null(y))
     both = diffusion.denoiser(net, torch.cat([net.null(y), y]))
 
-    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
         # Start: classifier-free guidance (Ho & Salimans 2022, Algorithm 2)
         t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
         eps_u, eps_c = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)  # both halves in one batch
@@ -67,8 +68,8 @@ def cfg(
     if scale == 1:
         return conditional
     if scale == 0 and not rescale:
-        guided = unconditional
-    return guided if interval is None else within(interval, guided, conditional)
+        eps_theta = unconditional
+    return eps_theta if interval is None else within(interval, eps_theta, conditional)
 
 
 def within(interval: tuple[int, int], inside: Denoiser, outside: Denoiser) -> Denoiser:
@@ -119,16 +120,17 @@ def classifier_guidance(
     return guided
 
 
-def dynamic_threshold(diffusion: Diffusion, eps_theta: Denoiser, percentile: float) -> Denoiser:
+def dynamic_threshold(diffusion: Diffusion, eps_theta: Denoiser, quantile: float) -> Denoiser:
     """The denoiser, its x_0 clamped to [-s, s] and divided by s, s >= 1 being a quantile of its |x_0|.
 
     Where guidance drives many pixels out of [-1, 1], this keeps the differences between them, which clipping
-    would remove (Imagen, Saharia et al. 2022, section 2.3). `percentile` in (0, 1].
+    would remove (Imagen, Saharia et al. 2022, section 2.3). `quantile` in (0, 1].
     """
 
     def thresholded(x_t: Tensor, t: Tensor) -> Tensor:
         x_0, _ = diffusion.split(eps_theta(x_t, t), x_t, t, "eps")
-        s = x_0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        values = x_0.abs().flatten(1).sort(dim=1).values  # (B, C H W); torch.quantile takes no large batches
+        s = values[:, round(quantile * (values.shape[1] - 1))].clamp(min=1).view(-1, 1, 1, 1)
         return diffusion.split(x_0.clamp(-s, s) / s, x_t, t, "x_0")[1]
 
     return thresholded
@@ -136,6 +138,9 @@ def dynamic_threshold(diffusion: Diffusion, eps_theta: Denoiser, percentile: flo
 
 # ------------------------------------------------------------------------------------------------------------
 # Conditions: captions as tokens, and what the command line asks for.
+
+
+MAX_WORDS = 127  # in a caption
 
 
 class Vocabulary:
@@ -153,6 +158,12 @@ class Vocabulary:
     def of(cls, captions: Sequence[str]) -> "Vocabulary":
         """All the words of the captions, as long as the longest of them."""
         split = [cls.split(caption) for caption in captions]
+        longest = max(range(len(split)), key=lambda i: len(split[i]))
+        if len(split[longest]) > MAX_WORDS:
+            raise UserError(
+                f"the caption {captions[longest][:60]!r}... has {len(split[longest])} words: shorten it to "
+                f"{MAX_WORDS}, for all are as long as the longest in memory"
+            )
         return cls(sorted({word for words in split for word in words}), max(map(len, split)) + 1)
 
     @staticmethod
@@ -190,15 +201,16 @@ def nearest(word: str, known: Sequence[str]) -> str:
 
 
 def find_label(text: str, class_names: Sequence[str]) -> int:
-    """The label that a class name, in upper or lower case, or a number means; UserError if none."""
-    lower = [name.lower() for name in class_names]
-    if text.lower() in lower:
-        return lower.index(text.lower())
-    if text.lstrip("+-").isdecimal():
+    """The label that a class name, if need be in another case, or a number means; UserError if none."""
+    for wanted, names in ((text, class_names), (text.lower(), [name.lower() for name in class_names])):
+        if wanted in names:
+            return names.index(wanted)
+    if re.fullmatch(r"[+-]?[0-9]+", text):
         if 0 <= int(text) < len(class_names):
             return int(text)
         raise UserError(f"label {text} is out of range: the model's labels are 0 to {len(class_names) - 1}")
-    raise UserError(f"{text!r} is no class of the model; the nearest: {nearest(text, class_names)}")
+    known = nearest(text, class_names)
+    raise UserError(f"{text!r} is no class of the model; the nearest: {known} (or give its number)")
 
 
 def conditions(args: argparse.Namespace, checkpoint: dict) -> tuple[list[str], Tensor]:
@@ -234,8 +246,9 @@ def conditional_loss(diffusion: Diffusion, p_uncond: float) -> Callable[..., Ten
     def loss(net: torch.nn.Module, x_0: Tensor, y: Tensor, generator: Generators = None) -> Tensor:
         # Start: training step (Ho & Salimans 2022, Algorithm 1)
         # 2.b classifier-free guidance: one network learns eps_c and, where the condition is dropped, eps_u
-        coin = torch.rand(len(y), generator=generator, device=y.device)  # one for each image of the batch
-        dropped = (coin < p_uncond).view(-1, *[1] * (y.ndim - 1))  # (B,), or (B, 1) for tokens
+        device = y.device if generator is None else generator.device
+        coin = torch.rand(len(y), generator=generator, device=device)  # one for each image of the batch
+        dropped = (coin < p_uncond).to(y.device).view(-1, *[1] * (y.ndim - 1))  # (B,), or (B, 1) for tokens
         y = torch.where(dropped, net.null(y), y)  # line 3: c <- null with probability p_uncond
         return diffusion.loss(net, x_0, y, generator)  # lines 4 to 7: DDPM, Algorithm 1, given y
         # End
@@ -287,6 +300,7 @@ def by_caption(args: argparse.Namespace, data: utils.Data) -> tuple[Tensor, list
 
 
 def instead(values: object, condition: str) -> str:
+    """What to do where a data set lacks one kind of condition, by whether it has the other."""
     return ": choose another --dataset" if values is None else f": train it with --condition {condition}"
 
 
@@ -303,8 +317,8 @@ def conditional(
     net = ddpm.make_net(vars(args), conditional_network(about))
     if args.init and not args.resume:
         start_from(net, args.init)
-    if args.p_uncond == 0:
-        utils.note("with --p-uncond 0 nothing unconditional is learned: sample with --guidance-scale 1")
+    check_interval(args, diffusion.T)
+    fill_guidance_scale(args, args.p_uncond)
     columns, scale = 6 if args.image_size <= 32 else 3, args.guidance_scale[0]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
@@ -318,15 +332,27 @@ def conditional(
     return Task("ddpm_conditional", net, loss, preview, data.images, y, keep)
 
 
-FROM_INIT = {*ddpm.NETWORK_SETTINGS, "image_size", "noise_steps", "schedule", "prediction"}
-FREE_ON_INIT = {"image_size", "dropout"}  # which may differ: the weights fit any size
+LOSS = {"weighting", *ddpm.WEIGHTING_FLAGS}
+
+
+def fill_guidance_scale(args: argparse.Namespace, p_uncond: float) -> None:
+    """Settle the scale: 1 where the network never saw the null condition; a note where guidance is no use."""
+    if p_uncond in (0, 1):
+        what = "unconditional" if p_uncond == 0 else "conditional"
+        utils.note(f"with --p-uncond {p_uncond:g} nothing {what} is learned, so guidance means nothing")
+    if p_uncond == 0 and "guidance_scale" not in args.typed:
+        args.guidance_scale = [1.0]
+
+
+FROM_INIT = {*ddpm.NETWORK_SETTINGS, "image_size", "noise_steps", "schedule", "prediction", *LOSS}
+FREE_ON_INIT = {"image_size", "dropout", *LOSS}  # which may differ: the weights fit any size
 
 
 def fill_from_init(args: argparse.Namespace) -> argparse.Namespace:
     """The settings, with --init's network and diffusion; UserError for a flag that contradicts them."""
     config = utils.load_checkpoint(args.init, "ddpm")["config"]
     free = args.typed - FROM_INIT | FREE_ON_INIT
-    return utils.merge_config(args, {dest: config[dest] for dest in FROM_INIT}, free)
+    return utils.merge_config(args, {dest: config[dest] for dest in FROM_INIT & set(config)}, free)
 
 
 def start_from(net: torch.nn.Module, path: str) -> None:
@@ -342,6 +368,8 @@ def classification(
     """A classifier of noisy images; a tenth of them is kept back to measure its accuracy."""
     if data.labels is None:
         raise UserError(f"data set {args.dataset} has no labels to classify by: choose another --dataset")
+    for dest in args.typed & OF_THE_DENOISER:  # typed beside --resume
+        raise UserError(f"{utils.flag(dest)} means nothing to a classifier: leave it out")
     order = torch.randperm(len(data.images), generator=utils.seeded_generator(args.seed))
     held_out, trained_on = order.tensor_split([min(1000, math.ceil(len(order) / 10))])
     if not len(trained_on):
@@ -349,18 +377,17 @@ def classification(
     x_0, y = data.images[held_out].float() / 127.5 - 1, data.labels[held_out]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
-        shown = measure_accuracy(diffusion, net, x_0, y, args, device)
-        log_accuracy(path.parent.parent / "accuracy.csv", epoch, [(t, share) for t, share, _ in shown])
         columns = min(10, len(x_0))
+        shown = measure_accuracy(diffusion, net, x_0, y, columns, args, device)
+        log_accuracy(path.parent.parent / "accuracy.csv", epoch, [(t, share) for t, share, _ in shown])
         rows = [f"t = {t}: {share:.1%}" for t, share, _ in shown]
         caption = (
             f"{args.dataset}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
         )
-        grid = utils.make_grid(torch.cat([x_t[:columns] for *_, x_t in shown]), caption, columns, rows)
+        grid = utils.make_grid(torch.cat([x_t for *_, x_t in shown]), caption, columns, rows)
         utils.save_picture(grid, path)
 
-    about = {"kind": "classifier", "class_names": data.class_names}
-    net = ddpm.make_net(vars(args), conditional_network(about))
+    net = ddpm.make_net(vars(args), partial(Classifier, len(data.class_names)))
     use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")
     loss, images, labels = classifier_loss(diffusion), data.images[trained_on], data.labels[trained_on]
     return Task("classifier", net, loss, preview, images, labels, use=use)
@@ -368,16 +395,19 @@ def classification(
 
 @torch.no_grad()
 def measure_accuracy(
-    diffusion: Diffusion, net: torch.nn.Module, x_0: Tensor, y: Tensor, args, device: torch.device
+    diffusion: Diffusion, net: torch.nn.Module, x_0: Tensor, y: Tensor, shown: int, args, device: torch.device
 ) -> list[tuple[int, float, Tensor]]:
-    """(t, share of images x_0 (N, C, H, W) classified as y (N,), x_t) at t = 1 and ten more up to T."""
+    """(t, share of the images x_0 (N, C, H, W) named y (N,), the first `shown` x_t) at eleven t of 1..T."""
     results = []
-    for t in sorted({1, *(round(diffusion.T * k / 10) for k in range(1, 11))} - {0}):
-        at = torch.full((len(x_0),), t)
-        x_t, _ = diffusion.noise_images(x_0, at, utils.seeded_generator(args.seed, t))  # the same every epoch
-        batches = zip(x_t.split(args.batch_size), at.split(args.batch_size), strict=True)
-        named = torch.cat([net(x.to(device), t.to(device)).argmax(1).cpu() for x, t in batches])
-        results.append((t, (named == y).float().mean().item(), x_t))
+    for t in sorted({1, *(max(1, round(diffusion.T * k / 10)) for k in range(1, 11))}):
+        generator = utils.seeded_generator(args.seed, t)  # the same noise every epoch
+        right, examples = 0, []
+        for images, labels in zip(x_0.split(args.batch_size), y.split(args.batch_size), strict=True):
+            at = torch.full((len(images),), t)
+            x_t, _ = diffusion.noise_images(images, at, generator)
+            right += (net(x_t.to(device), at.to(device)).argmax(1).cpu() == labels).sum().item()
+            examples += x_t[: max(0, shown - len(examples))]
+        results.append((t, right / len(x_0), torch.stack(examples)))
     return results
 
 
@@ -445,7 +475,7 @@ def add_conditional_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--guidance-scale", type=utils.listed(real(0)), default=[3.0], metavar="S", help=scale)
     span = ("LOW", "HIGH")
-    add("--guidance-interval", type=whole(0), nargs=2, metavar=span, help="guide only where LOW <= t <= HIGH")
+    add("--guidance-interval", type=whole(1), nargs=2, metavar=span, help="guide only where LOW <= t <= HIGH")
     phi = "--guidance cfg: share of the conditional's contrast that is restored, 0 to 1"
     add("--guidance-rescale", type=real(0, 1), default=0.0, metavar="PHI", help=phi)
     quantile = (
@@ -470,11 +500,12 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
-    if args.sample is None and not args.resume:
-        check_interval(args, args.noise_steps)
+    if len({f"{scale:g}" for scale in args.guidance_scale}) < len(args.guidance_scale):
+        raise UserError("--guidance-scale lists the same scale twice")
 
 
 def check_interval(args: argparse.Namespace, T: int) -> None:
+    """UserError for a --guidance-interval that leaves 1..T."""
     if args.guidance_interval and args.guidance_interval[1] > T:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
 
@@ -544,11 +575,18 @@ def run_sampling(args: argparse.Namespace) -> None:
     config = checkpoint["config"]
     ddpm.fill_sample_steps(args, diffusion.T)
     check_interval(args, diffusion.T)
+    if args.guidance == "cfg":
+        fill_guidance_scale(args, config.get("p_uncond", 0.1))
     classifier = load_classifier(args, checkpoint, device) if args.guidance == "classifier" else None
     names, y = conditions(args, checkpoint)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     ddpm.prepare_folders(samples, args.out)
 
+    in_grid = max(1, ddpm.GRID_LIMIT // len(args.guidance_scale))  # images of each scale
+    if args.sample > in_grid:
+        utils.note(
+            f"a grid shows the first {in_grid} images{' of each scale' if in_grid < ddpm.GRID_LIMIT else ''}"
+        )
     said = []  # of each image in --out
     for first in range(0, args.batches * args.sample, args.sample):
         shown, films = [], []  # for each scale
@@ -561,7 +599,6 @@ def run_sampling(args: argparse.Namespace) -> None:
             numbers = range(first, first + args.sample)
             suffix = f"_scale{scale:g}" if len(args.guidance_scale) > 1 else ""
             x_0, frames = ddpm.draw_images(diffusion, denoiser_of, numbers, args, config, device, suffix)
-            in_grid = ddpm.GRID_LIMIT // len(args.guidance_scale)
             shown.append(x_0[:in_grid])
             films.append([frame[:in_grid] for frame in frames])
             for i in numbers:
@@ -580,6 +617,7 @@ def run_sampling(args: argparse.Namespace) -> None:
 
 
 def caption_of(args: argparse.Namespace, checkpoint: dict) -> str:
+    """What made a grid, to be written above it."""
     scale = f", scale {args.guidance_scale[0]:g}" if len(args.guidance_scale) == 1 else ""
     dataset, epoch = checkpoint["config"]["dataset"], checkpoint["epoch"]
     return f"{dataset}, epoch {epoch}, {made_by(args)}{scale}, seed {args.seed}"
@@ -607,6 +645,7 @@ def condition_grid(x: Sequence[Tensor], names: list[str], caption: str, scales: 
 
 def main() -> None:
     args = make_parser().parse_args()
+    ddpm.fill_data_set_defaults(args)
     ddpm.check_flags(args, FLAG_OWNERS, FOR_SAMPLING, ONLY_SAMPLING)
     check_guidance_flags(args)
     if args.sample is not None:

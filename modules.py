@@ -290,7 +290,7 @@ class TextUNet(UNet):
     """
 
     def __init__(
-        self, vocabulary: int, max_tokens: int, *unet, text_width: int = 128, text_layers: int = 3, **more
+        self, vocabulary: int, max_tokens: int, *unet, text_width: int = 128, text_layers: int = 2, **more
     ):
         super().__init__(*unet, **more, context_dim=text_width)
         self.max_tokens = max_tokens

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -486,7 +487,7 @@ SHAPES = {  # corners in units of the radius, y down; a circle has none
         *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
     ],
 }
-SIZES = {"small": (0.13, 0.16), "large": (0.21, 0.24)}  # radii, in units of the image
+SIZES = {"small": (0.13, 0.15), "large": (0.2, 0.22)}  # radii, in units of the image
 HELD_OUT = {  # pairs that no training image shows: ask for them to see what the model can put together
     *(("green", "circle"), ("yellow", "square"), ("orange", "triangle"), ("red", "star"), ("blue", "cross")),
 }
@@ -556,8 +557,9 @@ def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene
         colour, shape = pairs[rng.integers(len(pairs))]
         size = ["small", "large"][rng.integers(2)]
         radius = between(*SIZES[size])
+        # 0.03 from the middle line and 0.01 from the edge, so that two shapes never touch
         centre = tuple(
-            0.5 + side * between(0.01 + radius, 0.49 - radius) if side else between(0.45, 0.55)
+            0.5 + side * between(0.03 + radius, 0.49 - radius) if side else between(0.45, 0.55)
             for side in (x, y)
         )
         description = f"{said(size + ' ')}{colour} {shape}"
@@ -717,7 +719,8 @@ def get_data(
 ) -> Data:
     """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 
-    `limit` takes the first of a fixed shuffle, `image_size` is in pixels, `workers` in threads.
+    `limit` takes the first of a fixed shuffle, or says how many are drawn for a set in DRAWN; `image_size` is
+    in pixels, `workers` in threads.
     Raises UserError where there is no such data set, split or folder, or no image in it can be read.
     """
     if dataset not in DATASETS:
@@ -962,7 +965,7 @@ def make_grid(
     for i, texts in enumerate(head_lines):
         write(texts, left + gap + i * span, gap + LINE * len(lines))
     for i, row in enumerate(rows):
-        write(wrap(row, left), 2 * gap, top + i * cell_h + gap)
+        write(wrap(row, left - 4 * gap), 2 * gap, top + i * cell_h + gap)
     for i, picture in enumerate(to_pictures(x)):
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         grid.paste(picture, (left + gap + i % columns * cell_w, top + i // columns * cell_h))
@@ -980,6 +983,7 @@ def row_label_width(rows: Sequence[str], height: int) -> int:
     return next(fits) + 8 if any(rows) else 0
 
 
+@cache
 def font() -> ImageFont.ImageFont:
     return ImageFont.load_default()
 
@@ -1112,7 +1116,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=whole(1), metavar="PIXELS", help="height and width (default: by data set)")
     add("--channels", type=int, choices=[1, 3], help="1 gray, 3 RGB (default: by data set)")
     add(
-        "--limit", type=whole(1), metavar="N", help="use the first N images of a fixed shuffle (default: all)"
+        "--limit",
+        type=whole(1),
+        metavar="N",
+        help="use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)",
     )
     mirror = "mirror images at random, one in two (default: yes, save for digits and captions)"
     add("--flip", action=argparse.BooleanOptionalAction, help=mirror)
@@ -1177,7 +1184,7 @@ def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argp
         if getattr(args, dest) != config.get(dest):
             raise UserError(
                 f"the run was made with {flag(dest)} {config.get(dest)}, not {getattr(args, dest)}: "
-                "leave the flag out, or start a new run"
+                "leave the flag out, or start afresh"
             )
     typed = {dest: getattr(args, dest) for dest in args.typed}
     return argparse.Namespace(**{**vars(args), **config, **typed})

@@ -15,7 +15,7 @@ import ddpm_conditional
 import utils
 from ddpm import Diffusion
 from ddpm_conditional import Vocabulary, cfg, condition_grid, conditional_loss, find_label
-from modules import END, PAD, ConditionalUNet, UNet
+from modules import END, PAD, ConditionalUNet, TextUNet, UNet
 from utils import UserError
 
 SHAPES = [*TINY, "--dataset", "shapes"]
@@ -77,6 +77,7 @@ def test_unknown_words_and_long_captions_are_told():
 def test_labels_by_name_and_number():
     names = ["Audi TT Coupe 2012", "BMW M3", "7", "10"]
     assert [find_label(text, names) for text in ("bmw m3", "0", "7", "10")] == [1, 0, 2, 3]
+    assert [find_label(text, ["A", "a", "B"]) for text in ("A", "a", "b")] == [0, 1, 2]
     for text in ("4", "-1"):
         with pytest.raises(UserError, match=f"label {text} is out of range: the model's labels are 0 to 3"):
             find_label(text, names)
@@ -84,6 +85,11 @@ def test_labels_by_name_and_number():
         UserError, match=r"'Audi TT' is no class of the model; the nearest: Audi TT Coupe 2012"
     ):
         find_label("Audi TT", names)
+
+
+def test_a_caption_as_long_as_a_page_is_told():
+    with pytest.raises(UserError, match=r"the caption 'w w w .* has 128 words: shorten it to 127"):
+        Vocabulary.of(["short", "w " * 128])
 
 
 # training
@@ -116,8 +122,10 @@ def test_a_label_run(runs):
     state = torch.load(runs / "ddpm_conditional_digits/ckpt.pt", weights_only=True)
     assert state["kind"] == "ddpm_conditional" and state["class_names"] == [str(k) for k in range(10)]
     assert state["ema"]["label_embedding.weight"].shape == (11, 32)
-    preview = Image.open(runs / "ddpm_conditional_digits/samples/epoch_0002.png")
-    assert preview.height > 10 * 64 and preview.width > 6 * 64  # ten classes as rows, their names beside them
+    grid = pixels(runs / "ddpm_conditional_digits/samples/epoch_0002.png").min(2)
+    left = grid.shape[1] - 6 * 66 - 2  # six images of 64 pixels and their gaps
+    rows = [(grid[-660 + 66 * k :][:60, : left + 2] < 100).sum() for k in range(10)]
+    assert min(rows) > 5  # ten classes as rows, and a name beside each
 
 
 def test_a_text_run_keeps_its_vocabulary(runs):
@@ -171,7 +179,7 @@ def test_classifier_learns(conditional):
     assert conditional(*CLASSIFIER, *data, "--epochs", 30, "--lr", 0.01).code == 0
     with open("runs/classifier_folder/accuracy.csv", newline="") as file:
         last = {int(row["t"]): float(row["accuracy"]) for row in csv.DictReader(file) if row["epoch"] == "30"}
-    assert last[1] == 1.0 and last[2] == 1.0
+    assert last[1] == 1.0 and last[2] == 1.0 and last[20] < 1.0
 
 
 def test_init_starts_from_an_unconditional_run(conditional, runs):
@@ -374,19 +382,34 @@ def test_every_guidance_option_changes_the_images(conditional, runs, flags):
 
 
 def test_previews_take_guidance(conditional):
-    for name, flags in (("plain", []), ("guided", ["--guidance-scale", 9, "--dynamic-threshold", 0.9])):
-        assert conditional(*TINY, "--name", name, *flags).code == 0
-    plain, guided = (pixels(f"runs/{name}/samples/epoch_0002.png") for name in ("plain", "guided"))
-    assert not np.array_equal(plain, guided)
+    lr = ["--lr", 0.05]  # so that in six steps labels have come to mean something
+    for name, flags in (
+        ("plain", []),
+        ("scale", ["--guidance-scale", 30]),
+        ("cut", ["--dynamic-threshold", 0.2]),
+    ):
+        assert conditional(*TINY, *lr, "--name", name, *flags).code == 0
+    below_caption = slice(-10 * 66, None)
+    plain, scale, cut = (
+        pixels(f"runs/{name}/samples/epoch_0002.png")[below_caption] for name in ("plain", "scale", "cut")
+    )
+    assert not np.array_equal(plain, scale) and not np.array_equal(plain, cut)
 
 
-def test_cfg_of_a_network_equals_two_passes():
+@pytest.mark.parametrize("condition", ["label", "text"])
+def test_cfg_of_a_network_equals_two_passes(condition):
     torch.manual_seed(0)
-    net = ConditionalUNet(3, 1, 16, (1, 2), 1, (1,)).eval()
+    unet = dict(channels=1, width=16, multipliers=(1, 2), blocks=1, attention=(1,))
+    if condition == "label":
+        net, y = ConditionalUNet(3, **unet).eval(), torch.tensor([0, 1, 2, 0, 1])
+    else:
+        net = TextUNet(vocabulary=6, max_tokens=3, text_width=32, **unet).eval()
+        y = torch.tensor([[2, 3, END], [4, END, PAD], [5, END, PAD], [END, PAD, PAD], [3, 2, END]])
     for p in net.parameters():
-        p.data.normal_(0, 0.1)
+        if not p.any():  # what starts at zero
+            p.data.normal_(0, 0.1)
     diffusion = Diffusion(prediction="v")
-    x, t, y = torch.randn(5, 1, 16, 16), torch.tensor([1, 10, 300, 700, 1000]), torch.tensor([0, 1, 2, 0, 1])
+    x, t = torch.randn(5, 1, 16, 16), torch.tensor([1, 10, 300, 700, 1000])
     with torch.no_grad():
         eps_u, eps_c = (diffusion.denoiser(net, of)(x, t) for of in (net.null(y), y))
         assert torch.allclose(cfg(diffusion, net, y, 3.0)(x, t), eps_u + 3 * (eps_c - eps_u), atol=1e-5)
@@ -415,7 +438,9 @@ def test_cfg_of_a_network_equals_two_passes():
         ("--guidance-scale 1,x", "expected a number of at least 0"),
         ("--guidance-scale -1", "expected a number of at least 0"),
         ("--guidance-scale ,", "expected values with commas"),
+        ("--guidance-scale 3,3.0", "lists the same scale twice"),
         ("--guidance-interval 9 3", "LOW must not be above HIGH"),
+        ("--guidance-interval 0 3", "expected a whole number of at least 1"),
         ("--guidance-interval 1 2000", "t runs from 1 to 1000"),
         ("--guidance-rescale 2", "at most 1"),
         ("--dynamic-threshold 0", "above 0"),
@@ -443,6 +468,7 @@ def test_errors_are_one_line(conditional, tmp_path, flags, told):
     [
         ("ddpm_conditional_digits", "--labels 10", "label 10 is out of range: the model's labels are 0 to 9"),
         ("ddpm_conditional_digits", "--labels 1,-1", "label -1 is out of range"),
+        ("ddpm_conditional_digits", "--labels 1,--3", "'--3' is no class of the model"),
         ("ddpm_conditional_digits", "--labels seven", "'seven' is no class of the model; the nearest: "),
         ("ddpm_conditional_digits", "--prompt seven", "trained on labels: ask it with --labels"),
         ("ddpm_conditional_shapes", "--labels 1", "trained on captions: ask it with --prompt"),
@@ -492,6 +518,39 @@ def test_data_without_labels_or_captions(conditional, tmp_path):
         line = error_line(conditional(*flags, "--condition", condition))
         assert "data set folder has no" in line and "choose another --dataset" in line
     assert "data set folder has no" in error_line(conditional(*flags))
+
+
+def test_flags_that_mean_nothing_to_a_classifier_are_told_on_resume_too(conditional, runs):
+    run = runs / "classifier_digits"
+    assert "--sampler means nothing to a classifier" in error_line(
+        conditional("--resume", run, "--epochs", 3, "--sampler", "pndm")
+    )
+
+
+def test_guidance_without_dropped_conditions_is_a_note(conditional):
+    assert "nothing unconditional is learned" in conditional(*TINY, "--p-uncond", 0).err
+    assert "scale 1" in caption_used(conditional, "--checkpoint", "runs/ddpm_conditional_digits")
+    assert "nothing conditional is learned" in conditional(*TINY, "--p-uncond", 1).err
+
+
+def caption_used(conditional, *flags):
+    """The caption of the grid that sampling writes."""
+    captions = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = utils.make_grid
+        patch.setattr(
+            utils, "make_grid", lambda x, caption, *more: captions.append(caption) or real(x, caption)
+        )
+        grid_of(conditional("--sample", 2, "--sample-steps", 2, *flags))
+    return captions[0]
+
+
+def test_more_images_than_a_grid_shows_is_a_note(conditional, runs, monkeypatch):
+    monkeypatch.setattr(ddpm, "GRID_LIMIT", 6)
+    run = ["--sample", 4, "--checkpoint", runs / "ddpm_conditional_digits", "--sample-steps", 2]
+    result = conditional(*run, "--guidance-scale", "1,2", "--out", "o")
+    assert "a grid shows the first 3 images of each scale" in result.err
+    assert len(utils.image_files(utils.Path("o"))) == 8
 
 
 def test_init_that_contradicts_is_told(conditional, runs):

@@ -3,9 +3,6 @@
 import csv
 import json
 import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -467,113 +464,6 @@ def test_flips():
     loader.flip = False
     x, _ = next(loader.epoch(0))
     assert (x[:, 0, 0, 0] < x[:, 0, 0, 1]).all()
-
-
-# shapes
-
-
-def described(caption):
-    """A caption taken apart: its shapes as (size or None, colour, shape), relation, place, background."""
-    one = r"an? (?:(small|large) )?(\w+) (circle|square|triangle|star|cross)"
-    pattern = (
-        rf"{one}(?: (and|left of|right of|above|below) {one}| (in the middle|at the [a-z ]+?))?(?: on (\w+))?"
-    )
-    found = re.fullmatch(pattern, caption)
-    assert found, caption
-    size, colour, shape, relation, *second, place, background = found.groups()
-    first = (size, colour, shape)
-    return [first, tuple(second)] if relation else [first], relation, place, background
-
-
-def test_captions_of_shapes_say_what_is_drawn():
-    scenes = utils.shapes(None, "train", 2000).images
-    for scene in scenes:
-        shapes, relation, place, background = described(scene.caption)
-        assert len(shapes) == len(scene.shapes) and background in (None, scene.background)
-        for (size, colour, shape), drawn in zip(shapes, scene.shapes, strict=True):
-            assert size in (None, drawn.size) and (colour, shape) == (drawn.colour, drawn.shape)
-        x, y = scene.shapes[0].centre
-        if relation not in (None, "and"):
-            x_2, y_2 = scene.shapes[1].centre
-            apart = {"left of": x_2 - x, "right of": x - x_2, "above": y_2 - y, "below": y - y_2}[relation]
-            assert apart >= sum(shape.radius for shape in scene.shapes)  # beside each other, not overlapping
-        for side, where, low in (
-            ("left", x, True),
-            ("right", x, False),
-            ("top", y, True),
-            ("bottom", y, False),
-        ):
-            if place and side in place:
-                assert where < 0.45 if low else where > 0.55
-        if place == "in the middle":
-            assert abs(x - 0.5) <= 0.05 and abs(y - 0.5) <= 0.05
-    every = [described(scene.caption) for scene in scenes]
-    assert {len(shapes) for shapes, *_ in every} == {1, 2}
-    assert {relation for _, relation, *_ in every} == {None, "and", *utils.RELATIONS}
-    assert {background for *_, background in every} == {None, *utils.BACKGROUNDS}
-    assert not any(re.search(r"\ba orange|\ban (?!orange)", scene.caption) for scene in scenes)
-
-
-@pytest.mark.parametrize("size", [16, 32, 100])
-def test_shapes_have_their_colours_sizes_and_background(size):
-    for scene in utils.shapes(None, "train", 60).images:
-        picture = np.asarray(scene.draw(size)).astype(int)
-        assert picture.shape == (size, size, 3)
-        assert tuple(picture[0, 0]) == utils.BACKGROUNDS[scene.background]
-        for shape in scene.shapes:
-            x, y = (int(c * size) for c in shape.centre)
-            assert tuple(picture[y, x]) == utils.COLOURS[shape.colour]
-            assert all(
-                shape.radius <= c <= 1 - shape.radius for c in shape.centre
-            )  # all of it is in the picture
-        covered = (picture != picture[0, 0]).any(2)
-        if len(scene.shapes) == 1 and size == 100:
-            extent = max(np.ptp(np.flatnonzero(covered.any(axis))) + 1 for axis in (0, 1)) / size
-            low, high = utils.SIZES[scene.shapes[0].size]
-            assert 1.6 * low <= extent <= 2 * high + 0.03
-
-
-def test_held_out_pairs_never_enter_training():
-    pairs = {
-        split: {(s.colour, s.shape) for scene in utils.shapes(None, split, 3000).images for s in scene.shapes}
-        for split in ("train", "test")
-    }
-    every = {(colour, shape) for colour in utils.COLOURS for shape in utils.SHAPES}
-    assert pairs["test"] == utils.HELD_OUT and pairs["train"] == every - utils.HELD_OUT
-    for names in zip(*utils.HELD_OUT, strict=True):  # each colour and shape of them is seen in other pairs
-        assert all(any(name in pair for pair in pairs["train"]) for name in names)
-    said = {described(caption)[0][0][1:] for caption in utils.shapes(None, "train", 3000).captions}
-    assert not said & utils.HELD_OUT
-
-
-def test_two_processes_draw_the_same_shapes(tmp_path):
-    code = (
-        "import sys, utils; data = utils.get_data('shapes', limit=300, cache_dir=sys.argv[1]); "
-        "print(utils.digest(data.images), data.captions)"
-    )
-    outs = []
-    for name in ("a", "b"):
-        env = {**os.environ, "PYTHONPATH": str(utils.HERE), "PYTHONHASHSEED": str(len(outs) + 1)}
-        command = [sys.executable, "-c", code, str(tmp_path / name)]
-        outs.append(subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout)
-    assert outs[0] == outs[1] and len(outs[0]) > 64
-
-
-def test_number_and_size_of_shapes(get):
-    few, more = (get("shapes", limit=n, image_size=16) for n in (5, 8))
-    assert (
-        few.images.shape == (5, 3, 16, 16) and len(few.captions) == 5 and few.labels is None and not few.flip
-    )
-    assert torch.equal(more.images[:5], few.images) and more.captions[:5] == few.captions  # by index alone
-    assert get("shapes", limit=3).images.shape[-1] == 32
-    assert len(utils.shapes(None, "train").images) == 20000
-    assert not torch.equal(get("shapes", split="test", limit=5, image_size=16).images, few.images)
-
-
-def test_shapes_are_cached(get, monkeypatch):
-    first = get("shapes", limit=5)
-    monkeypatch.setattr(utils, "decode", None)  # drawing them again would fail
-    assert torch.equal(get("shapes", limit=5).images, first.images)
 
 
 # captions of cars
