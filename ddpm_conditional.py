@@ -332,9 +332,6 @@ def conditional(
     return Task("ddpm_conditional", net, loss, preview, data.images, y, keep)
 
 
-LOSS = {"weighting", *ddpm.WEIGHTING_FLAGS}
-
-
 def fill_guidance_scale(args: argparse.Namespace, p_uncond: float) -> None:
     """Settle the scale: 1 where the network never saw the null condition; a note where guidance is no use."""
     if p_uncond in (0, 1):
@@ -344,6 +341,7 @@ def fill_guidance_scale(args: argparse.Namespace, p_uncond: float) -> None:
         args.guidance_scale = [1.0]
 
 
+LOSS = {"weighting", *ddpm.WEIGHTING_FLAGS}
 FROM_INIT = {*ddpm.NETWORK_SETTINGS, "image_size", "noise_steps", "schedule", "prediction", *LOSS}
 FREE_ON_INIT = {"image_size", "dropout", *LOSS}  # which may differ: the weights fit any size
 
@@ -416,7 +414,7 @@ def log_accuracy(path: Path, epoch: int, shares: list[tuple[int, float]]) -> Non
     earlier = []
     if path.is_file():
         with open(path, newline="") as file:
-            earlier = [row for row in csv.reader(file) if row[0].isdigit() and int(row[0]) < epoch]
+            earlier = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < epoch]
     rows = [("epoch", "t", "accuracy"), *earlier, *((epoch, t, f"{share:.4f}") for t, share in shares)]
     with utils.replacing(path) as file:
         file.write("".join(f"{','.join(map(str, row))}\n" for row in rows).encode())
