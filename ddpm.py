@@ -528,7 +528,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
     schedule = "of the noise: %(choices)s"
     add("--schedule", choices=list(SCHEDULES), default="cosine", metavar="NAME", help=schedule)
-    predicted = "what the network predicts: %(choices)s (default: v; x_0 for shapes)"
+    predicted = "what the network predicts: %(choices)s (default: v; eps for shapes)"
     add("--prediction", choices=list(PLAIN_MSE), default="v", metavar="NAME", help=predicted)
     weighted = "of noise levels in the loss: %(choices)s (default: plain MSE on the prediction; shapes: p2)"
     add("--weighting", choices=list(WEIGHTINGS), metavar="NAME", help=weighted)
@@ -538,7 +538,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
         type=real(0, above=True),
         default=1.0,
         metavar="K",
-        help="--weighting p2: its k (default: 1; 0.3 for shapes)",
+        help="--weighting p2: its k",
     )
     cut = "--weighting min_snr: where snr is cut off"
     add("--min-snr-gamma", type=real(0, above=True), default=5.0, metavar="G", help=cut)
@@ -640,8 +640,8 @@ def check_flags(
 
 DATA_DEFAULTS = {  # what suits a data set, where the command line leaves it open
     "digits": {"epochs": 20},
-    # Flat pictures are learned many times sooner as x_0 than as v; by eps, backgrounds are left to chance.
-    "shapes": {"epochs": 5, "batch_size": 16, "prediction": "x_0", "weighting": "p2", "p2_k": 0.3},
+    # Flat pictures on bright grounds: v stays on a plateau for long, and x_0 learns words late.
+    "shapes": {"epochs": 5, "batch_size": 16, "prediction": "eps", "weighting": "p2"},
 }
 
 
@@ -650,7 +650,7 @@ def fill_data_set_defaults(args: argparse.Namespace) -> None:
     if args.sample is not None or args.resume:
         return
     for dest, value in DATA_DEFAULTS.get(args.dataset, {}).items():
-        loss = {"prediction", "weighting", "p2_k"}  # chosen together
+        loss = {"prediction", "weighting"}  # chosen together
         if not args.typed & (loss if dest in loss else {dest}):
             setattr(args, dest, value)
 

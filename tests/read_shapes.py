@@ -1,6 +1,6 @@
 """Does a text-to-image model draw what it is asked for? A rule reads colour and shape out of the pixels.
 
-python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3]
+python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddpm --sample-steps 50]
 """
 
 import argparse
@@ -114,6 +114,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddpm")
+    parser.add_argument("--sample-steps", type=int, default=50)
     args = parser.parse_args()
     net, diffusion, checkpoint = ddpm.load_network(
         args.checkpoint, torch.device("cpu"), ("ddpm_conditional",), conditional_network
@@ -135,7 +137,10 @@ def main():
             x_T = ddpm.randn_like(torch.empty(len(batch), 3, size, size), g)
             eps_theta = cfg(diffusion, net, vocabulary.encode(batch), args.guidance_scale)
             clipped = ddpm.clip_x_0(diffusion, eps_theta)
-            x_0 = utils.to_uint8(ddpm.ddim(diffusion, clipped, x_T, diffusion.timesteps(50)))
+            x_0 = ddpm.SAMPLERS[args.sampler](
+                diffusion, clipped, x_T, diffusion.timesteps(args.sample_steps), g
+            )
+            x_0 = utils.to_uint8(x_0)
             right += sum(agrees(caption, picture) for caption, picture in zip(batch, x_0, strict=True))
         print(f"{name}: {right} of {len(captions)}", flush=True)
 
