@@ -494,12 +494,12 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
         raise UserError("--guidance classifier needs --classifier RUN, a run of --task classifier")
     if args.init and args.resume:
         raise UserError("--init is for a new run, --resume goes on with one: leave one out")
+    if len({f"{scale:g}" for scale in args.guidance_scale}) < len(args.guidance_scale):
+        raise UserError("--guidance-scale lists the same scale twice")
     if args.sample is None and len(args.guidance_scale) > 1:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
-    if len({f"{scale:g}" for scale in args.guidance_scale}) < len(args.guidance_scale):
-        raise UserError("--guidance-scale lists the same scale twice")
 
 
 def check_interval(args: argparse.Namespace, T: int) -> None:
@@ -580,38 +580,54 @@ def run_sampling(args: argparse.Namespace) -> None:
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     ddpm.prepare_folders(samples, args.out)
 
-    in_grid = max(1, ddpm.GRID_LIMIT // len(args.guidance_scale))  # images of each scale
+    scales, caption = args.guidance_scale, caption_of(args, checkpoint)
+    in_grid = max(1, ddpm.GRID_LIMIT // len(scales))
     if args.sample > in_grid:
-        utils.note(
-            f"a grid shows the first {in_grid} images{' of each scale' if in_grid < ddpm.GRID_LIMIT else ''}"
+        utils.note(f"a grid shows the first {in_grid} images{' of each scale' if len(scales) > 1 else ''}")
+
+    def draw(first: int, scale: float) -> tuple[Tensor, list[Tensor]]:
+        """A batch of --sample images from number `first` on, at one scale, and the frames of its making."""
+
+        def denoiser_of(numbers: Sequence[int]) -> Denoiser:
+            asked = torch.tensor([(i - first) % len(names) for i in numbers])
+            return guided(args, diffusion, net, y[asked].to(device), scale, classifier)
+
+        numbers = range(first, first + args.sample)
+        x_0, frames = ddpm.draw_images(
+            diffusion, denoiser_of, numbers, args, config, device, suffix_of(scale, scales)
         )
-    said = []  # of each image in --out
+        return x_0[:in_grid], [frame[:in_grid] for frame in frames]
+
     for first in range(0, args.batches * args.sample, args.sample):
-        shown, films = [], []  # for each scale
-        for scale in args.guidance_scale:
-
-            def denoiser_of(numbers: Sequence[int], first: int = first, scale: float = scale) -> Denoiser:
-                asked = torch.tensor([(i - first) % len(names) for i in numbers])
-                return guided(args, diffusion, net, y[asked].to(device), scale, classifier)
-
-            numbers = range(first, first + args.sample)
-            suffix = f"_scale{scale:g}" if len(args.guidance_scale) > 1 else ""
-            x_0, frames = ddpm.draw_images(diffusion, denoiser_of, numbers, args, config, device, suffix)
-            shown.append(x_0[:in_grid])
-            films.append([frame[:in_grid] for frame in frames])
-            for i in numbers:
-                name = names[(i - first) % len(names)]
-                said.append({"file_name": f"{i:05d}{suffix}.png", "text": name, "guidance_scale": scale})
-
-        draw = partial(
-            condition_grid, names=names, caption=caption_of(args, checkpoint), scales=args.guidance_scale
+        shown, films = zip(*(draw(first, scale) for scale in scales), strict=True)
+        grid, *frames = (
+            condition_grid(x, names, caption, scales) for x in [shown, *zip(*films, strict=True)]
         )
         name = f"{args.guidance}_{args.sampler}_{args.sample_steps}_seed{args.seed}.png"
-        ddpm.save_grids(draw(shown), [draw(frame) for frame in zip(*films, strict=True)], samples / name)
+        ddpm.save_grids(grid, frames, samples / name)
     if args.out:
-        with utils.replacing(Path(args.out) / "metadata.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in said).encode())
+        write_metadata(Path(args.out), args, names)
         print("images  ", shlex.quote(args.out))
+
+
+def suffix_of(scale: float, scales: Sequence[float]) -> str:
+    """What tells the files of one scale from those of the others."""
+    return f"_scale{scale:g}" if len(scales) > 1 else ""
+
+
+def write_metadata(folder: Path, args: argparse.Namespace, names: list[str]) -> None:
+    """metadata.jsonl: what each image was asked to show; `--dataset folder` reads it as captions."""
+    lines = [
+        {
+            "file_name": f"{i:05d}{suffix_of(scale, args.guidance_scale)}.png",
+            "text": names[i % args.sample % len(names)],
+            "guidance_scale": scale,
+        }
+        for scale in args.guidance_scale
+        for i in range(args.batches * args.sample)
+    ]
+    with utils.replacing(folder / "metadata.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def caption_of(args: argparse.Namespace, checkpoint: dict) -> str:

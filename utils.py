@@ -355,10 +355,8 @@ UNNAMED = re.compile(r"class \d+")  # what a class is called whose name is not k
 
 def car_caption(name: str) -> str:
     """What a picture of the class shows: "a photo of a 2012 Audi TT RS Coupe" of "Audi TT RS Coupe 2012"."""
-    *words, last = name.split()
-    return " ".join(
-        ["a photo of a", last, *words] if re.fullmatch(r"\d{4}", last) else ["a photo of a", name]
-    )
+    found = re.fullmatch(r"(.*) (\d{4})", name)
+    return f"a photo of a {found[2]} {found[1]}" if found else f"a photo of a {name}"
 
 
 def labelled_cars(root: Path, split: str) -> Source:
@@ -478,9 +476,8 @@ SHAPES = {  # corners in units of the radius, y down; a circle has none
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
     "star": [
-        (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
+        ((1, 0.42)[k % 2] * math.sin(k * math.pi / 5), -(1, 0.42)[k % 2] * math.cos(k * math.pi / 5))
         for k in range(10)
-        for r in [(1, 0.42)[k % 2]]
     ],
     "cross": [
         *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
@@ -530,12 +527,8 @@ class Scene:
         return picture.reduce(4)
 
 
-RELATIONS = {
-    "left of": (-1, 0),
-    "right of": (1, 0),
-    "above": (0, -1),
-    "below": (0, 1),
-}  # the first shape's side
+# Of two shapes, on which side of the middle the first one is: right and down.
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
 def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene:

@@ -401,7 +401,7 @@ def test_previews_take_guidance(conditional):
     for name, flags in (
         ("plain", []),
         ("scale", ["--guidance-scale", 30]),
-        ("cut", ["--dynamic-threshold", 0.2]),
+        ("cut", ["--dynamic-threshold", 1]),
     ):
         assert conditional(*TINY, *lr, "--name", name, *flags).code == 0
     below_caption = slice(-10 * 66, None)
