@@ -546,7 +546,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    passes = "passes over the data (default: 20 for digits, 5 for shapes, else 80)"
+    passes = "passes over the data (default: 20 for digits, 30 if conditional, 5 for shapes, else 80)"
     add("--epochs", type=whole(1), metavar="N", help=passes)
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
@@ -645,11 +645,11 @@ DATA_DEFAULTS = {  # what suits a data set, where the command line leaves it ope
 }
 
 
-def fill_data_set_defaults(args: argparse.Namespace) -> None:
+def fill_data_set_defaults(args: argparse.Namespace, defaults: dict[str, dict] = DATA_DEFAULTS) -> None:
     """Settle what is known of a data set by its name, for a new run; a loss that was typed is left alone."""
     if args.sample is not None or args.resume:
         return
-    for dest, value in DATA_DEFAULTS.get(args.dataset, {}).items():
+    for dest, value in defaults.get(args.dataset, {}).items():
         loss = {"prediction", "weighting"}  # chosen together
         if not args.typed & (loss if dest in loss else {dest}):
             setattr(args, dest, value)

@@ -436,6 +436,7 @@ FLAG_OWNERS = {
     **{"guidance": GUIDANCE_FLAGS, "task": {dest: "diffusion" for dest in OF_THE_DENOISER}},
     **ddpm.FLAG_OWNERS,
 }
+DATA_DEFAULTS = {**ddpm.DATA_DEFAULTS, "digits": {"epochs": 30}}  # ten kinds take longer to tell apart
 TASKS = {"diffusion": conditional, "classifier": classification}
 
 
@@ -659,7 +660,7 @@ def condition_grid(x: Sequence[Tensor], names: list[str], caption: str, scales: 
 
 def main() -> None:
     args = make_parser().parse_args()
-    ddpm.fill_data_set_defaults(args)
+    ddpm.fill_data_set_defaults(args, DATA_DEFAULTS)
     ddpm.check_flags(args, FLAG_OWNERS, FOR_SAMPLING, ONLY_SAMPLING)
     check_guidance_flags(args)
     if args.sample is not None:
