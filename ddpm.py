@@ -578,7 +578,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(group).add_argument
     add("--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training")
     add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or its ckpt.pt")
-    add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help="one of %(choices)s")
+    how = "one of %(choices)s (default: ddim, ddpm for shapes; with --sample what the run's previews used)"
+    add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help=how)
     add("--sample-steps", type=whole(1), metavar="N", help="strides from t = T to 0 (default: 50, at most T)")
     add(
         "--eta", type=real(0, 1), default=0.0, metavar="E", help="--sampler ddim: 0 no fresh noise, 1 as DDPM"
@@ -641,7 +642,7 @@ def check_flags(
 DATA_DEFAULTS = {  # what suits a data set, where the command line leaves it open
     "digits": {"epochs": 20},
     # Flat pictures on bright grounds: v stays on a plateau for long, and x_0 learns words late.
-    "shapes": {"epochs": 5, "batch_size": 16, "prediction": "eps", "weighting": "p2"},
+    "shapes": {"epochs": 5, "batch_size": 16, "prediction": "eps", "weighting": "p2", "sampler": "ddpm"},
 }
 
 
@@ -769,6 +770,12 @@ def fill_sample_steps(args: argparse.Namespace, T: int) -> None:
     args.sample_steps = args.sample_steps or min(50, T)
     if args.sample_steps > T:
         raise UserError(f"--sample-steps {args.sample_steps} is more than the {T} noise steps of the network")
+
+
+def fill_sampler(args: argparse.Namespace, config: dict) -> None:
+    """Settle the sampler: that of the run's previews, unless one, or an option of one, was typed."""
+    if not args.typed & {"sampler", *SAMPLER_FLAGS} and config.get("sampler") in SAMPLERS:
+        args.sampler = config["sampler"]
 
 
 def sample_images(
@@ -975,6 +982,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     device = utils.get_device(args.device)
     net, diffusion, checkpoint = load_network(args.checkpoint, device)
     config = checkpoint["config"]
+    fill_sampler(args, config)
     fill_sample_steps(args, diffusion.T)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     prepare_folders(samples, args.out)

@@ -572,6 +572,7 @@ def run_sampling(args: argparse.Namespace) -> None:
     kinds = ("ddpm_conditional", "ddpm") if args.guidance == "classifier" else ("ddpm_conditional",)
     net, diffusion, checkpoint = ddpm.load_network(args.checkpoint, device, kinds, conditional_network)
     config = checkpoint["config"]
+    ddpm.fill_sampler(args, config)
     ddpm.fill_sample_steps(args, diffusion.T)
     check_interval(args, diffusion.T)
     if args.guidance == "cfg":
