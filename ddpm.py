@@ -8,6 +8,7 @@ is the clean image.
     python ddpm.py                                            train on the embedded digits
     python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
     python ddpm.py --sample 64 --checkpoint runs/ddpm_digits  sample from what was trained
+    python ddpm.py --task denoiser --sigma 0.5                a single-step denoiser, for analysis.py denoise
 """
 
 import argparse
@@ -85,8 +86,8 @@ PLAIN_MSE = {"eps": simple, "x_0": mse_x_0, "v": mse_v}  # for each prediction: 
 class Diffusion:
     """The forward process q(x_t | x_0), what a network is trained to say of it, and how that becomes eps.
 
-    `alpha_bar` (T+1,) float64 on the CPU; `prediction` is what the network's output means: "eps", "x_0" or
-    "v"; `weighting` is a name in WEIGHTINGS or any w(snr), None being plain MSE on what is predicted.
+    `alpha_bar` and `snr` (T+1,) float64 on the CPU; `prediction` is what the network's output means: "eps",
+    "x_0" or "v"; `weighting` is a name in WEIGHTINGS or any w(snr), None being plain MSE on the prediction.
     ValueError for T < 2 or an unknown name.
     """
 
@@ -108,7 +109,8 @@ class Diffusion:
         one = torch.ones(1, dtype=torch.float64)
         self.alpha_bar = torch.cat([one, (1 - betas.double()).cumprod(0)])  # (T+1,) prod (1 - beta), eq. 4
 
-        snr = self.alpha_bar[1:] / (1 - self.alpha_bar[1:])  # (T,)
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # (T+1,), infinite at t = 0
+        snr = self.snr[1:]
         w = PLAIN_MSE[prediction] if weighting is None else WEIGHTINGS.get(weighting, weighting)
         # Squared errors: of eps = snr x of x_0 = alpha_bar x of v. So w becomes the weight of the output's.
         factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
@@ -523,6 +525,14 @@ def train(
 # Command line
 
 
+def add_task_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("task").add_argument
+    task = "what to train: diffusion, or a denoiser that removes the noise of one level in one step"
+    add("--task", choices=list(TASKS), default="diffusion", metavar="NAME", help=task)
+    level = "--task denoiser: of the noise, in units of images in [0, 1]"
+    add("--sigma", type=real(0, above=True), default=0.5, metavar="S", help=level)
+
+
 def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("diffusion").add_argument
     add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
@@ -546,7 +556,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
-    passes = "passes over the data (default: 20 for digits, 30 if conditional, 5 for shapes, else 80)"
+    passes = "passes over the data (default: digits 20, 30 if conditional; shapes, denoiser 5; else 80)"
     add("--epochs", type=whole(1), metavar="N", help=passes)
     batch = "in one step, or sampled at once (default: by image size; 64 with --sample)"
     add("--batch-size", type=whole(1), metavar="IMAGES", help=batch)
@@ -607,8 +617,10 @@ def make_parser(
 
 SAMPLER_FLAGS = {"eta": "ddim", "variance": "ddpm", "runge_kutta": "pndm"}  # which sampler a flag belongs to
 WEIGHTING_FLAGS = {"p2_gamma": "p2", "p2_k": "p2", "min_snr_gamma": "min_snr"}
-FLAG_OWNERS = {"sampler": SAMPLER_FLAGS, "weighting": WEIGHTING_FLAGS}
 HOW_TO_SAMPLE = {"sampler", "sample_steps", "no_clip", *SAMPLER_FLAGS}  # this serves previews as well
+OF_DIFFUSION = {"noise_steps", "schedule", "prediction", "weighting", *WEIGHTING_FLAGS, *HOW_TO_SAMPLE}
+FLAG_OWNERS = {"sampler": SAMPLER_FLAGS, "weighting": WEIGHTING_FLAGS}
+TASK_FLAGS = {"sigma": "denoiser", **{dest: "diffusion" for dest in OF_DIFFUSION}}
 ONLY_SAMPLING = {"checkpoint", "out", "animate"}  # flags that go with --sample alone
 # Flags that mean something beside --sample; the other settings come from the checkpoint.
 FOR_SAMPLING = {"sample", "batch_size", "device", "seed", *ONLY_SAMPLING, *HOW_TO_SAMPLE}
@@ -805,7 +817,8 @@ class Task:
     images: Tensor  # (N, C, H, W) uint8
     y: Tensor | None = None  # (N, ...) labels, or captions as tokens
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
-    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
+    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done,
+    used_by: str | None = None  # of this script, or of another
 
 
 def unconditional(
@@ -820,6 +833,78 @@ def unconditional(
         utils.save_picture(utils.make_grid(x_0, caption), path)
 
     return Task("ddpm", make_net(vars(args)), diffusion.loss, preview, data.images)
+
+
+SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # at which a single-step denoiser is tested
+
+
+def denoiser_loss(sigma: float) -> Callable[..., Tensor]:
+    """`loss(net, x_0, y, generator) -> scalar`, the squared error of x_0 made from x_0 + noise of one level.
+
+    `sigma` counts in units of images in [0, 1] (Berkeley CS180, project 5, B.1), so 2 sigma of ours.
+    """
+
+    def loss(
+        net: torch.nn.Module, x_0: Tensor, y: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        # Start: training step of the single-step denoiser (CS180, project 5, B.1)
+        z = x_0 + 2 * sigma * randn_like(x_0, generator)  # z = x + sigma eps
+        t = torch.zeros(len(z), dtype=torch.long, device=z.device)  # one level: there is no time to tell
+        return (net(z, t).to(x_0.dtype) - x_0).square().mean()  # ||D_theta(z) - x||^2
+        # End
+
+    return loss
+
+
+def psnr(x: Tensor, x_0: Tensor) -> Tensor:
+    """10 log10(1 / MSE) of images in [0, 1], in dB; here both are (..., C, H, W) in [-1, 1]; -> (...)."""
+    return -10 * ((x - x_0) / 2).square().mean((-3, -2, -1)).log10()
+
+
+def denoising(args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, device: torch.device) -> Task:
+    """A UNet that removes the noise of one level in one step, tested on a tenth of the images."""
+    for dest in args.typed & OF_DIFFUSION:  # typed beside --resume
+        raise UserError(f"{flag(dest)} means nothing to a single-step denoiser: leave it out")
+    held_out, trained_on = utils.hold_out(len(data.images), args.seed)
+    x_0 = data.images[held_out].float() / 127.5 - 1
+    shown = min(3, len(x_0))
+
+    @torch.no_grad()
+    def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
+        pictures, levels = [], []
+        for sigma in SIGMAS:
+            noise = randn_like(x_0, utils.seeded_generator(args.seed))  # the same at each level and epoch
+            z = x_0 + 2 * sigma * noise
+            x = torch.cat(
+                [net(part, part.new_zeros(len(part)).long()).cpu() for part in z.to(device).split(64)]
+            )
+            levels.append((f"{sigma:g}", f"{psnr(z, x_0).mean():.2f}", f"{psnr(x, x_0).mean():.2f}"))
+            pictures.append(torch.stack([z[:shown], x[:shown]], 1).flatten(0, 1))  # (2 shown, C, H, W)
+        utils.log_levels(path.parent.parent / "psnr.csv", ("sigma", "noisy", "denoised"), epoch, levels)
+        tqdm.write(f"epoch {epoch}: PSNR " + ", ".join(f"{x} dB at sigma {at}" for at, _, x in levels))
+        caption = f"{args.dataset}, trained at sigma {args.sigma:g}, epoch {epoch}"
+        heads = [f"sigma {sigma}: {dB} dB" for sigma, _, dB in levels]
+        x = torch.stack(pictures, 1).flatten(0, 1)
+        rows = ["noisy", "denoised"] * shown
+        utils.save_picture(utils.make_grid(x, caption, len(SIGMAS), rows, heads), path)
+
+    net, images = make_net(vars(args)), data.images[trained_on]
+    return Task(
+        "denoiser",
+        net,
+        denoiser_loss(args.sigma),
+        preview,
+        images,
+        use=("denoise",),
+        used_by="analysis.py",
+    )
+
+
+TASKS = {"diffusion": unconditional, "denoiser": denoising}
+
+
+def make_task(args: argparse.Namespace, *more) -> Task:
+    return TASKS[args.task](args, *more)
 
 
 def draw_preview(
@@ -904,12 +989,13 @@ def run_training(
         preview(ema.net, args.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
         print(f"{name:10s}  {shlex.quote(str(path))}")
-    print(f"use it with\n  {command(*task.use, run)}")
+    print(f"use it with\n  {command(*task.use, run, script=task.used_by)}")
 
 
-def command(*flags: object) -> str:
-    """A command line of this script that can be pasted into a shell."""
-    return shlex.join(["python", sys.argv[0], *map(str, flags)])
+def command(*flags: object, script: str | None = None) -> str:
+    """A command line of this script, or of another beside it, that can be pasted into a shell."""
+    path = Path(sys.argv[0]).with_name(script) if script else sys.argv[0]
+    return shlex.join(["python", str(path), *map(str, flags)])
 
 
 def check_resumable(resume: dict, args: argparse.Namespace, kept: dict, per_epoch: int) -> None:
@@ -1020,12 +1106,20 @@ def prepare_folders(samples: Path, out: str | None) -> None:
         raise UserError(f"--out {out} already holds images: name a new or an empty folder")
 
 
+DENOISER_DEFAULTS = {"epochs": 5, "preview_every": 1}  # as in CS180, which looks at epochs 1 and 5
+
+
 def main() -> None:
-    args = make_parser().parse_args()
-    fill_data_set_defaults(args)
-    check_flags(args)
+    parser = make_parser()
+    add_task_flags(parser)
+    args = parser.parse_args()
+    defaults = dict(DATA_DEFAULTS)
+    if args.task == "denoiser":
+        defaults[args.dataset] = {**DATA_DEFAULTS.get(args.dataset, {}), **DENOISER_DEFAULTS}
+    fill_data_set_defaults(args, defaults)
+    check_flags(args, {"task": TASK_FLAGS, **FLAG_OWNERS}, FOR_SAMPLING, ONLY_SAMPLING)
     if args.sample is None:
-        run_training(args)
+        run_training(args, make_task, ("ddpm", "denoiser"))
     else:
         run_sampling(args)
 

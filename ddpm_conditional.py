@@ -13,7 +13,6 @@ so every sampler of ddpm.py works with every guidance.
 """
 
 import argparse
-import csv
 import difflib
 import json
 import math
@@ -368,16 +367,16 @@ def classification(
         raise UserError(f"data set {args.dataset} has no labels to classify by: choose another --dataset")
     for dest in args.typed & OF_THE_DENOISER:  # typed beside --resume
         raise UserError(f"{utils.flag(dest)} means nothing to a classifier: leave it out")
-    order = torch.randperm(len(data.images), generator=utils.seeded_generator(args.seed))
-    held_out, trained_on = order.tensor_split([min(1000, math.ceil(len(order) / 10))])
-    if not len(trained_on):
-        raise UserError("a classifier takes two images or more, one of them to measure its accuracy")
+    held_out, trained_on = utils.hold_out(len(data.images), args.seed)
     x_0, y = data.images[held_out].float() / 127.5 - 1, data.labels[held_out]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
         columns = min(10, len(x_0))
         shown = measure_accuracy(diffusion, net, x_0, y, columns, args, device)
-        log_accuracy(path.parent.parent / "accuracy.csv", epoch, [(t, share) for t, share, _ in shown])
+        levels = [(t, f"{share:.4f}") for t, share, _ in shown]
+        utils.log_levels(path.parent.parent / "accuracy.csv", ("t", "accuracy"), epoch, levels)
+        told = ", ".join(f"{t}: {share:.1%}" for t, share, _ in shown)
+        tqdm.write(f"epoch {epoch}: accuracy at t = {told}")
         rows = [f"t = {t}: {share:.1%}" for t, share, _ in shown]
         caption = (
             f"{args.dataset}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
@@ -407,18 +406,6 @@ def measure_accuracy(
             examples += x_t[: max(0, shown - len(examples))]
         results.append((t, right / len(x_0), torch.stack(examples)))
     return results
-
-
-def log_accuracy(path: Path, epoch: int, shares: list[tuple[int, float]]) -> None:
-    """Print the accuracy per noise level, and add it to accuracy.csv in the place of later epochs."""
-    earlier = []
-    if path.is_file():
-        with open(path, newline="") as file:
-            earlier = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < epoch]
-    rows = [("epoch", "t", "accuracy"), *earlier, *((epoch, t, f"{share:.4f}") for t, share in shares)]
-    with utils.replacing(path) as file:
-        file.write("".join(f"{','.join(map(str, row))}\n" for row in rows).encode())
-    tqdm.write(f"epoch {epoch}: accuracy at t = " + ", ".join(f"{t}: {share:.1%}" for t, share in shares))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -543,26 +530,28 @@ def made_by(args: argparse.Namespace) -> str:
     return ", ".join([f"{args.sampler} {args.sample_steps} steps", f"{args.guidance} guidance", *told])
 
 
-def load_classifier(args: argparse.Namespace, model: dict, device: torch.device) -> torch.nn.Module:
-    """The classifier of --classifier; UserError unless it saw the data, size and noise that the model did."""
+SAME_DATA = ("dataset", "image_size", "channels")
+SAME_NOISE = ("noise_steps", "schedule")
+
+
+def load_classifier(
+    path: str, model: dict, device: torch.device, same: Sequence[str] = (*SAME_DATA, *SAME_NOISE)
+) -> torch.nn.Module:
+    """A run of --task classifier; UserError unless its settings `same` and its classes are the model's."""
     if model["config"].get("condition") == "text":
         raise UserError(
-            "--guidance classifier takes a model of labels; this one was trained on captions: use cfg"
+            "a classifier takes a model of labels; this one was trained on captions: use --guidance cfg"
         )
-    classifier, _, checkpoint = ddpm.load_network(
-        args.classifier, device, ("classifier",), conditional_network
-    )
+    classifier, _, checkpoint = ddpm.load_network(path, device, ("classifier",), conditional_network)
     theirs, ours = checkpoint["config"], model["config"]
-    for key in ("dataset", "image_size", "channels", "noise_steps", "schedule"):
+    for key in same:
         if theirs[key] != ours[key]:
             raise UserError(
-                f"--classifier {args.classifier} was trained with {utils.flag(key)} {theirs[key]}, the model "
+                f"--classifier {path} was trained with {utils.flag(key)} {theirs[key]}, the model "
                 f"with {ours[key]}: train one with --task classifier {utils.flag(key)} {ours[key]}"
             )
     if checkpoint["class_names"] != model["class_names"]:
-        raise UserError(
-            f"--classifier {args.classifier} knows other classes than the model: train one on its data"
-        )
+        raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
     return classifier.requires_grad_(False)
 
 
@@ -577,7 +566,9 @@ def run_sampling(args: argparse.Namespace) -> None:
     check_interval(args, diffusion.T)
     if args.guidance == "cfg":
         fill_guidance_scale(args, config.get("p_uncond", 0.1))
-    classifier = load_classifier(args, checkpoint, device) if args.guidance == "classifier" else None
+    classifier = (
+        load_classifier(args.classifier, checkpoint, device) if args.guidance == "classifier" else None
+    )
     names, y = conditions(args, checkpoint)
     samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
     ddpm.prepare_folders(samples, args.out)

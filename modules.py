@@ -343,9 +343,29 @@ class Classifier(Encoder):
         c = self.skip_channels[-1]
         self.norm_out, self.head = group_norm(c), init_layer(nn.Linear(c, num_classes))
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    def features(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the logits are made of, (B, width * multipliers[-1])."""
         h, _ = self.encode(x, *self.embed(t, None))
-        return self.head(F.silu(self.norm_out(h)).mean((2, 3)))
+        return F.silu(self.norm_out(h)).mean((2, 3))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return self.head(self.features(x, t))
+
+
+class PointMLP(nn.Module):
+    """eps_theta for points in the plane, `net(x_t, t) -> out`, (B, 2, 1, 1) and (B,) -> (B, 2, 1, 1)."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.width = width
+        self.layers = nn.Sequential(
+            *(nn.Linear(2 + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
+        )
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        h = torch.cat([x.flatten(1), timestep_embedding(t, self.width)], dim=1)  # (B, 2 + width)
+        return self.layers(h).view(x.shape)
 
 
 class EMA:

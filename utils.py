@@ -791,6 +791,14 @@ class Loader:
             yield x_0, None if self.y is None else self.y[index].to(self.device)
 
 
+def hold_out(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of a tenth of `count` images, up to 1000, to test on, and of the rest."""
+    if count < 2:
+        raise UserError("this task takes two images or more: one of them is kept back to test it")
+    order = torch.randperm(count, generator=seeded_generator(seed))
+    return order.tensor_split([min(1000, math.ceil(count / 10))])
+
+
 def seeded_generator(*seed: int) -> torch.Generator:
     """A CPU generator whose stream depends on all the numbers given: (0, 1) and (1, 0) differ."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
@@ -912,6 +920,17 @@ class Log:
             file.write(f"{epoch},{step},{loss:.6f},{lr:.3e},{images / seconds:.1f},{seconds:.2f}\n")
 
 
+def log_levels(path: Path, columns: Sequence[str], epoch: int, levels: Sequence[Sequence[object]]) -> None:
+    """Add what was measured at each noise level after an epoch to a CSV, in the place of later epochs."""
+    earlier = []
+    if path.is_file():
+        with open(path, newline="") as file:
+            earlier = [row for row in csv.reader(file) if row and row[0].isdigit() and int(row[0]) < epoch]
+    rows = [("epoch", *columns), *earlier, *((epoch, *level) for level in levels)]
+    with replacing(path) as file:
+        file.write("".join(f"{','.join(map(str, row))}\n" for row in rows).encode())
+
+
 def to_uint8(x: torch.Tensor) -> np.ndarray:
     """Images in [-1, 1] (B, C, H, W) -> rounded to uint8 (B, H, W, C) on the CPU."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -981,11 +1000,11 @@ def font() -> ImageFont.ImageFont:
     return ImageFont.load_default()
 
 
-def wrap(text: str, width: int) -> list[str]:
+def wrap(text: str, width: int, type: ImageFont.ImageFont | None = None) -> list[str]:
     """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
-    lines: list[str] = []
+    lines, type = [], type or font()
     for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
-        if lines and font().getlength(f"{lines[-1]} {word}") <= width:
+        if lines and type.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
