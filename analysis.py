@@ -303,6 +303,7 @@ def covered(points: Tensor, cloud: Tensor, k: int = 3) -> float:
     """
     if len(cloud) <= k:
         raise UserError(f"precision and recall take at least {k + 1} images on either side, not {len(cloud)}")
+    points, cloud = points.double(), cloud.double()  # cdist rounds as coarsely as the squares of its values
     radius = torch.cdist(cloud, cloud).topk(k + 1, largest=False).values[:, k]  # the 0-th is the point itself
     return (torch.cdist(points, cloud) <= radius).any(1).double().mean().item()
 
@@ -628,9 +629,8 @@ def cloud_picture(points: Tensor, size: int = 72, reach: float = 3.5) -> Tensor:
 
 def neighbours_kept(x_t: Tensor, x_0: Tensor, k: int = 10) -> float:
     """The share of each point's k nearest neighbours in x_0 that are among them in x_t; (N, 2, 1, 1) each."""
-    before, after = (
-        torch.cdist(x, x).topk(k + 1, largest=False).indices[:, 1:] for x in (x_0.flatten(1), x_t.flatten(1))
-    )
+    x_0, x_t = x_0.double().flatten(1), x_t.double().flatten(1)
+    before, after = (torch.cdist(x, x).topk(k + 1, largest=False).indices[:, 1:] for x in (x_0, x_t))
     return (before[:, :, None] == after[:, None, :]).any(2).double().mean().item()
 
 
@@ -652,7 +652,7 @@ def forward(args: argparse.Namespace) -> Result:
     """Points and an image under the forward process of every schedule: how long structure survives."""
     T, generator = args.noise_steps, partial(utils.seeded_generator, args.seed)
     x_0 = chosen_images(args, 1)[:1]
-    if x_0.std() == 0:
+    if x_0.std((2, 3)).max() == 0:
         raise UserError("the image is of a single colour: there is no structure to follow")
     clouds = {name: cloud(500, generator(0)) for name, cloud in CLOUDS.items()}
     many = standardised(x_0.repeat(math.ceil(50000 / x_0.numel()), 1, 1, 1))  # enough to measure a variance
@@ -885,8 +885,8 @@ def noise(args: argparse.Namespace) -> Result:
     far = two_noisings(diffusion, x_0, args.seed) if B > 1 else []
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     notes = [
-        f"over {B} images, {args.draws} draws of each by ddpm; mse, psnr and spread are of images in [0, 1].",
-        f"kept: the share of x_0's energy, counted from {zero}; low is to 0.125 cycles a pixel, middle to 0.25",
+        f"over {B} images, {args.draws} draws of each by ddpm; mse, psnr, spread: of images in [0, 1]",
+        f"kept: the share of x_0's energy, counted from {zero}; low: to 0.125 cycles a pixel, middle: 0.25",
     ]
     figure = [*pairs(noise_grids(shown, x_0, diffusion, levels, args.show)), noise_chart(rows, far)]
     return Result(figure, rows, model.folder, notes)
@@ -1222,7 +1222,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     caption = f"samples, and the nearest of {len(reference.real)} training images to each"
     grid = utils.make_grid(torch.cat(pictures), caption, min(10, n), names)
     notes = [
-        f"seen by {args.classifier}, trained on nine tenths of them; against {len(reference.features)} real ones,",
+        f"as {args.classifier} sees them, trained on most of them; against {len(reference.features)} real,",
         "and so is the last row: other real ones. sure: share that it gives some label over 95 %. nearest:",
         "rms distance per pixel, in [-1, 1], to the nearest training image (of a real one, to another one)",
     ]
@@ -1708,7 +1708,7 @@ STUDIES = {
     "score": Study(
         score,
         score_flags,
-        "-eps_theta / sqrt(1 - alpha_bar) points to likelier images, and steps along it with noise draw samples. "
+        "-eps_theta / sqrt(1 - alpha_bar) points to likelier images; noisy steps along it draw samples. "
         "With as many evaluations of the network it should come near ancestral sampling.",
         most=1,
         judged=True,

@@ -1,0 +1,686 @@
+"""analysis.py: its measures against closed forms, every study on tiny runs, every error a user can cause."""
+
+import csv
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, error_line, run_in
+from PIL import Image
+
+import analysis
+import ddpm
+import ddpm_conditional
+import utils
+from ddpm import Diffusion
+
+generator = utils.seeded_generator
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def images(*shape, seed=0):
+    return torch.rand(*shape, generator=generator(seed)) * 2 - 1
+
+
+# weights and schedules
+
+
+@pytest.mark.parametrize("schedule", utils.SCHEDULES)
+def test_snr_is_its_formula(schedule):
+    diffusion = Diffusion(200, schedule)
+    betas = utils.SCHEDULES[schedule](200)
+    alpha_bar = (1 - betas).cumprod(0)
+    torch.testing.assert_close(diffusion.snr[1:], alpha_bar / (1 - alpha_bar), rtol=1e-12, atol=0)
+    assert diffusion.snr[0] == math.inf
+
+
+@pytest.mark.parametrize("schedule", utils.SCHEDULES)
+def test_ho_weights_are_their_formula_and_undo_the_vlb(schedule):
+    betas = utils.SCHEDULES[schedule](1000)
+    alpha_bar = (1 - betas).cumprod(0)
+    found = analysis.ho_weights(Diffusion(1000, schedule))
+    torch.testing.assert_close(found, (1 - betas) * (1 - alpha_bar) / betas, rtol=1e-9, atol=0)
+    # DDPM, eq. 12 with sigma^2 = beta: the VLB's weight of the error of eps, times 2; lambda makes it 1
+    vlb = betas**2 / (betas * (1 - betas) * (1 - alpha_bar))
+    torch.testing.assert_close(found * vlb, torch.ones_like(vlb), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("linear", 1000), ("cosine", 990)])
+def test_the_continuous_weight_is_within_5_percent(schedule, last):
+    # A cosine's last steps have betas near 1, where the discrete and the continuous form must part.
+    diffusion = Diffusion(1000, schedule)
+    ratio = analysis.continuous_weights(diffusion) / analysis.ho_weights(diffusion)  # of t = 1, 2, ...
+    assert (ratio[50:last] - 1).abs().max() < 0.05
+    assert (ratio[:3] - 1).abs().max() > 0.05
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_schedules_table(analyse, tmp_path):
+    assert analyse("schedules", "--schedules", "linear,cosine", "--noise-steps", 100).code == 0
+    rows = {row["schedule"]: row for row in rows_of(tmp_path / "runs/analysis/schedules.csv")}
+    assert list(rows) == ["linear", "cosine"]
+    for name, row in rows.items():
+        snr = Diffusion(100, name).snr[1:]
+        assert int(row["steps with SNR > 1"]) == (snr > 1).sum()
+        assert int(row["steps with SNR > 0.01"]) == (snr > 0.01).sum()
+        t = int(row["half the structure gone at t"])
+        alpha_bar = Diffusion(100, name).alpha_bar
+        assert alpha_bar[t - 1].sqrt() > 0.5 >= alpha_bar[t].sqrt()
+        assert float(row["alpha_bar_T"]) == pytest.approx(alpha_bar[100].item(), rel=1e-4)
+    points = rows_of(tmp_path / "runs/analysis/schedules_curves.csv")
+    assert len(points) == 3 * 2 * 100
+    snr = [float(p["y"]) for p in points if (p["chart"], p["curve"]) == ("SNR", "cosine")]
+    np.testing.assert_allclose(snr, Diffusion(100, "cosine").snr[1:], rtol=1e-4)
+
+
+def test_weights_table(analyse, tmp_path):
+    assert analyse("weights", "--noise-steps", 200, "--k", 2).code == 0
+    rows = rows_of(tmp_path / "runs/analysis/weights.csv")
+    shares = {
+        (r["schedule"], r["weight of"], r["weighting"]): [
+            float(r[f"share of {stage}"]) for stage in analysis.STAGES
+        ]
+        for r in rows
+    }
+    np.testing.assert_allclose([sum(three) for three in shares.values()], 1, atol=1e-4)
+    # as a weight of eps, L_simple (gamma = 0) counts steps: its shares are those of the steps
+    snr = Diffusion(200, "linear").snr[1:]
+    steps = [
+        (snr < 0.01).float().mean(),
+        ((snr >= 0.01) & (snr < 1)).float().mean(),
+        (snr >= 1).float().mean(),
+    ]
+    np.testing.assert_allclose(shares["linear", "error of eps", "P2, gamma 0"], steps, atol=1e-4)
+    clean_up = [shares["cosine", "VLB's terms", f"P2, gamma {g}"][2] for g in ("0", "0.5", "1")]
+    assert clean_up[0] > clean_up[1] > clean_up[2]  # P2 takes weight from the clean-up
+    points = rows_of(tmp_path / "runs/analysis/weights_curves.csv")
+    curve = [
+        (float(p["x"]), float(p["y"]))
+        for p in points
+        if (p["chart"], p["curve"]) == ("linear: weight of the VLB's terms", "P2, gamma 0.5")
+    ]
+    ho = analysis.ho_weights(Diffusion(200, "linear"))
+    np.testing.assert_allclose([y for _, y in curve], ho / (2 + snr) ** 0.5, rtol=1e-4)
+    total = [
+        float(p["y"])
+        for p in points
+        if (p["chart"], p["curve"]) == ("linear: the same, normalised", "P2, gamma 1")
+    ]
+    assert sum(total) == pytest.approx(1, abs=1e-3)
+
+
+# measures
+
+
+def test_psnr():
+    x_0 = images(3, 1, 8, 8)
+    # sigma in units of [0, 1] is 2 sigma here: a constant error of 0.1 in [0, 1] is 20 dB
+    torch.testing.assert_close(analysis.psnr(x_0 + 0.2, x_0), torch.full((3,), 20.0))
+    assert analysis.psnr(x_0, x_0).isinf().all()
+    noisy = images(1, 1, 200, 200) * 0 + 2 * 0.5 * torch.randn(1, 1, 200, 200, generator=generator(1))
+    assert analysis.psnr(noisy, torch.zeros(1, 1, 200, 200)).item() == pytest.approx(6.02, abs=0.05)
+
+
+def test_ssim_is_one_for_equal_images_and_its_formula_for_constant_ones():
+    x = images(2, 3, 16, 16)
+    torch.testing.assert_close(analysis.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert (analysis.ssim(x, images(2, 3, 16, 16, seed=1)) < 0.3).all()
+    a, b = torch.full((1, 1, 16, 16), -0.5), torch.full((1, 1, 16, 16), 0.5)  # 0.25 and 0.75 in [0, 1]
+    expected = (2 * 0.25 * 0.75 + 0.01**2) / (0.25**2 + 0.75**2 + 0.01**2)  # no variance: the luminance term
+    assert analysis.ssim(a, b).item() == pytest.approx(expected)
+    assert analysis.ssim(x[..., :4, :4], x[..., :4, :4])[0] == pytest.approx(1)  # smaller than the window
+    # the contrast term: the negative of an image of mean mid-gray is its opposite
+    y = x - x.mean((2, 3), keepdim=True)
+    assert (analysis.ssim(-y, y) < -0.5).all()
+
+
+def test_energy_bands_sum_to_one_and_find_a_wave_in_its_band():
+    shares = analysis.energy_bands(images(5, 3, 16, 12))
+    torch.testing.assert_close(shares.sum(1), torch.ones(5, dtype=torch.float64))
+    column = torch.arange(32.0)
+    for band, (cycles, expected) in enumerate([(1 / 16, "low"), (3 / 16, "middle"), (3 / 8, "high")]):
+        wave = (2 * math.pi * cycles * column).cos().expand(1, 1, 32, 32)
+        shares = analysis.energy_bands(wave)[0]
+        assert list(analysis.BANDS)[band] == expected and shares[band] == pytest.approx(1, abs=1e-6)
+
+
+def test_kept_bands():
+    x_0, other = normal(200, 1, 16, 16), normal(200, 1, 16, 16, seed=1)
+    torch.testing.assert_close(analysis.kept_bands(0.3 * x_0, x_0), torch.full((3,), 0.3).double())
+    assert analysis.kept_bands(other, x_0).abs().max() < 0.05
+    # the mean of all x_0 that fit x_t keeps ab of the energy, if x_0 is standard normal
+    ab = 0.6
+    x_t = ab**0.5 * x_0 + (1 - ab) ** 0.5 * other
+    torch.testing.assert_close(
+        analysis.kept_bands(ab**0.5 * x_t, x_0), torch.full((3,), ab).double(), atol=0.03, rtol=0
+    )
+
+
+def test_frechet_distance_of_two_gaussians():
+    n = 200_000
+    scale_a, scale_b = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([1.5, 1.0, 0.5])
+    turn, _ = torch.linalg.qr(normal(3, 3, seed=5))
+    a, b = (
+        normal(n, 3) * scale_a @ turn,
+        (normal(n, 3, seed=1) * scale_b + torch.tensor([0.3, 0, -0.4])) @ turn,
+    )
+    # covariances with the same axes: |m|^2 + sum (s_a - s_b)^2
+    expected = 0.3**2 + 0.4**2 + ((scale_a - scale_b) ** 2).sum().item()
+    assert analysis.frechet_distance(a, b) == pytest.approx(expected, rel=0.02)
+    assert analysis.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert analysis.frechet_distance(a, a + 1) == pytest.approx(3, rel=1e-6)
+
+
+def test_frechet_distance_where_the_axes_differ():
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    a, b = normal(500, 4) @ normal(4, 4, seed=1), normal(500, 4, seed=2) @ normal(4, 4, seed=3) + 1
+    S_a, S_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
+    root = scipy_linalg.sqrtm(S_a @ S_b).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(S_a + S_b - 2 * root)
+    assert analysis.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_says_how_many_images_it_needs():
+    with pytest.raises(utils.UserError, match=r"at least 5 images.*there are 4"):
+        analysis.frechet_distance(normal(4, 4), normal(100, 4))
+
+
+def test_precision_and_recall_on_constructed_sets():
+    line = torch.arange(10.0)[:, None]  # radius to the 3rd neighbour: 2 inside, 3 at the ends
+    real = torch.cat([line, line + 100])  # two modes
+    assert (
+        analysis.covered(line + 0.1, real) == 1 and analysis.covered(real, line + 0.1) == 0.5
+    )  # one dropped
+    fake = torch.cat([line + 0.1, line + 1000])  # one of two is no data
+    assert analysis.covered(fake, real) == 0.5
+    assert analysis.covered(torch.tensor([[-2.9], [-3.1]]), line) == 0.5  # the end's radius is 3
+    assert analysis.covered(torch.tensor([[4.4]]), line, k=1) == 1
+    with pytest.raises(utils.UserError, match="at least 4 images"):
+        analysis.covered(line, line[:3])
+
+
+def test_diversity_saturation_and_nearest_images():
+    x = torch.tensor([0.0, 1.0, 0.0, 0.5]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
+    # classes {0, 1}, at distance 1, and {0, 0.5}, at 0.5
+    assert analysis.diversity(x, torch.tensor([7, 7, 3, 3])) == pytest.approx(0.75)
+    ends = torch.tensor([-1, -0.9999, 0.5, 1]).view(1, 1, 2, 2)
+    assert analysis.saturation(ends) == 0.75
+    bytes_ = utils.to_uint8(torch.linspace(-1, 1, 4001).view(1, 1, 1, -1))
+    share = ((bytes_ == 0) | (bytes_ == 255)).mean()
+    assert analysis.saturation(torch.linspace(-1, 1, 4001)[None]) == pytest.approx(share, abs=1e-3)
+    cloud = torch.tensor([0.0, 0.4, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
+    distance, index = analysis.nearest_images(x[1:2] - 0.1, cloud)
+    assert distance.item() == pytest.approx(0.1) and index.tolist() == [2]
+    distance, index = analysis.nearest_images(cloud, cloud, skip=1)
+    assert index.tolist() == [1, 0, 1] and distance.tolist() == pytest.approx([0.4, 0.4, 0.6])
+
+
+def test_half_life():
+    assert analysis.half_life([10, 20, 30], [0.8, 0.6, 0.2]) == pytest.approx(22.5)
+    assert analysis.half_life([10], [0.0]) == pytest.approx(5)
+    assert analysis.half_life([10, 20], [0.9, 0.6]) == math.inf
+
+
+# the forward process
+
+
+@pytest.mark.parametrize("cloud", analysis.CLOUDS.values())
+def test_clouds_are_standardised(cloud):
+    x = cloud(2000, generator(0)).flatten(1)
+    assert x.mean(0).abs().max() < 1e-5 and (x.square().mean(0) - 1).abs().max() < 1e-5
+
+
+def test_neighbours_kept_and_correlation():
+    x = analysis.swiss_roll(300, generator(0))
+    assert analysis.neighbours_kept(x, x) == 1 and analysis.neighbours_kept(3 * x + 1, x) == 1
+    other = analysis.swiss_roll(300, generator(1))[torch.randperm(300, generator=generator(2))]
+    assert analysis.neighbours_kept(other, x) < 0.1  # chance is 10 of 299
+    pictures = images(4, 1, 64, 64)
+    assert analysis.correlation(0.2 * pictures - 0.5, pictures) == pytest.approx(1, abs=1e-5)
+    pictures = analysis.standardised(pictures)
+    x_t = 0.6 * pictures + 0.8 * torch.randn(pictures.shape, generator=generator(3))
+    assert analysis.correlation(x_t, pictures) == pytest.approx(0.6, abs=0.02)  # sqrt(alpha_bar)
+
+
+def test_forward_writes_half_lives_and_a_variance_of_one(analyse, tmp_path):
+    result = analyse(
+        "forward", "--schedules", "linear,flow,constant", "--noise-steps", 200, "--cache-dir", "c"
+    )
+    assert result.code == 0, result.err
+    rows = {row["schedule"]: row for row in rows_of(tmp_path / "runs/analysis/forward.csv")}
+    for name, row in rows.items():
+        # the variance of 50000 values has a standard error of 0.6 %: of 200, none is off by 5 of it
+        assert float(row["variance, largest error"]) < 5 * (2 / 50000) ** 0.5
+        # corr(x_t, x_0) = sqrt(ab var / (ab var + 1 - ab)) in the mean: one half where ab var = (1 - ab) / 3
+        x_0 = analysis.to_x_0(utils.get_data("digits", cache_dir=tmp_path / "c").images)
+        var = x_0[torch.randperm(len(x_0), generator=generator(0))[0]].var().item()
+        alpha_bar = Diffusion(200, name).alpha_bar
+        expected = (alpha_bar * var > (1 - alpha_bar) / 3).sum().item() - 0.5
+        assert float(row["image half-life"]) == pytest.approx(expected, abs=12)
+    assert [rows[k]["rank by image"] for k in ("flow", "linear", "constant")] == ["1", "2", "3"]
+    assert [rows[k]["rank by points"] for k in ("flow", "linear", "constant")] == ["1", "2", "3"]
+    points = rows_of(tmp_path / "runs/analysis/forward_curves.csv")
+    variance = [p for p in points if p["chart"].startswith("variance")]
+    assert len(variance) == 3 * 200
+
+
+def test_forward_on_the_users_image_needs_no_network(analyse, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 70, 3), np.uint8)).save(
+        tmp_path / "me.png"
+    )
+    flags = ["--image", "me.png", "--image-size", 48, "--schedules", "cosine", "--noise-steps", 50]
+    result = analyse("forward", *flags, "--out", "here", "--at", 500)
+    assert result.code == 0 and "70x40, is cropped to a square and resized to 48x48" in result.err, result.err
+    assert Image.open(tmp_path / "here/forward.png").width > 300
+
+
+# Langevin dynamics, chains, other schedules, blurs
+
+
+def ideal(diffusion, mean, std):
+    """The ideal denoiser of data N(mean, std^2)."""
+
+    def eps_theta(x_t, t):
+        ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1).to(x_t.dtype)
+        return (1 - ab).sqrt() * (x_t - ab.sqrt() * mean) / (ab * std**2 + 1 - ab)
+
+    return eps_theta
+
+
+def test_langevin_follows_its_own_recursion():
+    diffusion, mean, std, inner, step = Diffusion(50, "cosine"), 0.3, 0.5, 3, 0.2
+    timesteps = diffusion.timesteps(10)
+    x_T = normal(40000, 1, 1, 1)
+    x = analysis.langevin(diffusion, ideal(diffusion, mean, std), x_T, timesteps, generator(1), inner, step)
+    m, v = 0.0, 1 / diffusion.alpha_bar[timesteps[0]].item()  # of z = x / sqrt(ab)
+    for t in timesteps[:-1]:
+        ab = diffusion.alpha_bar[t].item()
+        sigma_2 = (1 - ab) / ab
+        pull = (
+            step * sigma_2 / 2 / (std**2 + sigma_2)
+        )  # z <- z - alpha / 2 (z - mean) / (std^2 + sigma^2) + ...
+        for _ in range(inner):
+            m, v = m + pull * (mean - m), (1 - pull) ** 2 * v + step * sigma_2
+    shrink = std**2 / (std**2 + sigma_2)  # Tweedie: E[x_0 | z]
+    m, v = mean + shrink * (m - mean), shrink**2 * v
+    assert x.mean().item() == pytest.approx(m, abs=4 * (v / 40000) ** 0.5)
+    assert x.var().item() == pytest.approx(v, rel=4 * (2 / 40000) ** 0.5)
+
+
+def test_langevin_draws_from_the_data_when_its_steps_are_small_and_many():
+    diffusion = Diffusion(200, "cosine")
+    x_T = normal(10000, 1, 1, 1)
+    timesteps = diffusion.timesteps(100)
+    x = analysis.langevin(diffusion, ideal(diffusion, 0.3, 0.5), x_T, timesteps, generator(1), 20, 0.1)
+    assert x.mean().item() == pytest.approx(0.3, abs=0.04) and x.std().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_langevin_can_stop_on_the_way():
+    diffusion = Diffusion(50, "cosine")
+    x = normal(20000, 1, 1, 1)
+    eps_theta = ideal(diffusion, 0.3, 0.5)
+    at_20 = analysis.langevin(diffusion, eps_theta, x, list(range(50, 19, -1)), generator(1), 20, 0.1)
+    ab, before = diffusion.alpha_bar[20].item(), diffusion.alpha_bar[21].item()
+    expected = ab * (0.25 + (1 - before) / before)  # the noise of the last level, 21, is still there
+    assert at_20.var().item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "pndm", "dpm_solver"])
+def test_chains_are_the_samplers_own(sampler):
+    """Chains that join on the way end where each would alone."""
+    diffusion, levels = Diffusion(100, "cosine"), [80, 50, 10]
+    eps_theta, x_t = ideal(diffusion, 0.1, 0.7), normal(3, 2, 1, 4, 4)
+
+    def own(level):
+        return [generator(level, i) for i in range(2)]
+
+    together = [g for level in levels for g in own(level)]
+    x = analysis.chains(diffusion, eps_theta, sampler, x_t, levels, 10, together)
+    for i, level in enumerate(levels):
+        alone = [t for t in range(100, -1, -10) if t <= level]
+        expected = ddpm.SAMPLERS[sampler](diffusion, eps_theta, x_t[i], alone, own(level))
+        torch.testing.assert_close(x[i], expected)
+
+
+def test_two_noisings_are_their_closed_form():
+    diffusion, x_0 = Diffusion(40, "cosine"), images(2000, 1, 4, 4)
+    rows = analysis.two_noisings(diffusion, x_0, seed=0)
+    apart = (x_0 - x_0.roll(1, 0)).square().mean().item()
+    for t, one, two in zip(range(1, 41), rows[::2], rows[1::2], strict=True):
+        ab = diffusion.alpha_bar[t].item()
+        assert one["snr"] == two["snr"] == diffusion.snr[t]
+        assert one["distance"].item() == pytest.approx((2 * (1 - ab)) ** 0.5, rel=0.02)
+        assert two["distance"].item() == pytest.approx((2 * (1 - ab) + ab * apart) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("other", utils.SCHEDULES)
+def test_a_denoiser_is_asked_at_the_same_snr_on_another_schedule(other):
+    trained, other = Diffusion(1000, "cosine"), Diffusion(100, other)
+    asked = []
+
+    def spy(x_t, t):
+        asked.append(t)
+        return x_t
+
+    t = torch.arange(1, 101)
+    analysis.on_schedule(trained, other, spy)(torch.zeros(100, 1, 1, 1), t)
+    there, wanted = trained.snr[asked[0]].log(), other.snr[t].log()
+    low, high = trained.snr[1000].log(), trained.snr[1].log()
+    within = (wanted > low) & (wanted < high)
+    gap = (trained.snr[1:-1].log() - trained.snr[2:].log())[asked[0].clamp(max=999) - 1]  # to the next t
+    gap = torch.maximum(gap, (trained.snr[1:-1].log() - trained.snr[2:].log())[(asked[0] - 2).clamp(min=0)])
+    assert ((there - wanted).abs() <= gap / 2 + 1e-9)[within].all() and within.any()
+
+
+def test_sampling_on_another_schedule_gives_the_data():
+    """Gaussian data, cosine's denoiser asked through linear: DDIM comes to the data's mean and spread."""
+    trained, other = Diffusion(1000, "cosine"), Diffusion(1000, "linear")
+    eps_theta = analysis.on_schedule(trained, other, ideal(trained, 0.3, 0.5))
+    x = ddpm.ddim(other, eps_theta, normal(20000, 1, 1, 1), other.timesteps(200))
+    assert x.mean().item() == pytest.approx(0.3, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_best_blur_is_better_than_others_and_none_is_best_for_a_clean_image():
+    x_0 = torch.linspace(-1, 1, 32).expand(4, 1, 32, 32)
+    noisy = x_0 + 0.5 * torch.randn(x_0.shape, generator=generator(0))
+    blurred, width, sigma = analysis.best_blur(noisy, x_0)
+    error = (blurred - x_0).square().mean()
+    for s in (0.5, 1.0, 2.0, 3.0):
+        other = analysis.gaussian_blur(noisy, [13, 13], [s, s])
+        assert error <= (other - x_0).square().mean() * 1.02
+    assert width % 2 == 1 and width >= 2 * sigma
+    more = analysis.best_blur(x_0 + 2 * (noisy - x_0), x_0)
+    assert more[2] > sigma  # more noise, wider blur
+    assert analysis.best_blur(images(2, 1, 16, 16), images(2, 1, 16, 16))[2] == pytest.approx(0.3)
+
+
+# studies of tiny runs
+
+
+@pytest.fixture
+def analyse(script):
+    return lambda *args: script(analysis, *args)
+
+
+TINY_CONDITIONAL = [*TINY, "--limit", 200, "--width", 8]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of tiny runs of every kind: unconditional, by label, by caption, classifier, denoiser."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_in(folder, ddpm, *TINY, "--limit", 200)
+    run_in(folder, ddpm, *TINY, "--limit", 200, "--prediction", "eps", "--weighting", "p2", "--name", "p2")
+    run_in(folder, ddpm_conditional, *TINY_CONDITIONAL)
+    run_in(
+        folder, ddpm_conditional, *TINY_CONDITIONAL, "--dataset", "shapes", "--limit", 32, "--name", "text"
+    )
+    run_in(folder, ddpm_conditional, *classifier_flags(200), "--task", "classifier")
+    run_in(
+        folder,
+        ddpm_conditional,
+        *classifier_flags(100),
+        "--task",
+        "classifier",
+        "--image-size",
+        16,
+        "--name",
+        "c16",
+    )
+    run_in(folder, ddpm, *denoiser_flags(), "--task", "denoiser", "--sigma", 0.4)
+    return folder / "runs"
+
+
+def classifier_flags(limit):
+    flags = f"--limit {limit} --batch-size 16 --epochs 2 --width 8 --multipliers 1 2 --blocks 1 --attention 1"
+    return [*flags.split(), "--noise-steps", "20", "--image-size", "8", "--device", "cpu"]
+
+
+def denoiser_flags():
+    flags = "--limit 48 --batch-size 16 --width 8 --multipliers 1 2 --blocks 1 --attention 1 --image-size 8"
+    return [*flags.split(), "--device", "cpu"]
+
+
+STUDIES = {
+    "noise": "ddpm_digits --images 4 --draws 2 --sample-steps 4",
+    "denoise": "ddpm_digits denoiser_digits --images 4",
+    "samplers": "ddpm_digits --samples 30 --schedules linear,flow",
+    "guidance": "ddpm_conditional_digits --per-label 3 --guidance-scale 0,1,3 --sample-steps 3",
+    "evaluate": "ddpm_digits ddpm_conditional_digits --samples 60 --sample-steps 3",
+    "losses": "ddpm_digits p2 --images 16",
+    "score": "ddpm_digits --samples 30 --langevin-levels 4 --inner 2 --point-epochs 2",
+}
+
+
+def run_study(analyse, runs, study, flags, *more):
+    named = [str(runs / part) if (runs / part).is_dir() else part for part in flags.split()]
+    judged = ["--classifier", runs / "classifier_digits"] if analysis.STUDIES[study].judged else []
+    return analyse(study, *named, *judged, *more)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_study_writes_its_figure_and_table(analyse, runs, study, tmp_path):
+    result = run_study(analyse, runs, study, STUDIES[study], "--out", "o")
+    assert result.code == 0, result.err
+    assert Image.open(tmp_path / f"o/{study}.png").width > 200
+    rows = rows_of(tmp_path / f"o/{study}.csv")
+    for name in ("figure", "table"):  # both named, and the table printed
+        path = re.search(rf"{name} +(\S+)", result.out)[1]
+        assert (tmp_path / path).is_file()
+    header = result.out.splitlines()[0]
+    assert all(column in header for column in rows[0])
+    if study != "evaluate":
+        assert len(rows_of(tmp_path / f"o/{study}_curves.csv")) > 5
+
+
+def test_noise_measures_each_reconstruction_at_each_level(analyse, runs, tmp_path):
+    result = run_study(analyse, runs, "noise", STUDIES["noise"] + " --levels 2,10,20 --out o")
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "o/noise.csv")
+    ways = ["one-step x_0", "chain, ddim", "chain, pndm", "chain, ddpm"]
+    assert [(r["reconstruction"], r["t"]) for r in rows] == [(w, t) for w in ways for t in ("2", "10", "20")]
+    for row in rows:
+        assert float(row["snr"]) == pytest.approx(Diffusion(20, "cosine").snr[int(row["t"])].item(), rel=1e-4)
+        # PSNR is a mean over images of a convex function of their MSE
+        assert float(row["psnr"]) >= -10 * math.log10(float(row["mse"])) - 1e-3
+        assert 0 <= float(row["classifier agrees"]) <= 1
+        assert (row["spread of draws"] != "") == (row["reconstruction"] == "chain, ddpm")
+        if row["spread of draws"]:  # MSE of draws = MSE of their mean + their variance (K - 1) / K
+            spread = (2 * float(row["spread of draws"])) ** 2 / 4 / 2
+            assert float(row["mse"]) == pytest.approx(float(row["mse of their mean"]) + spread, rel=1e-3)
+
+
+def test_studies_land_in_the_runs_folder_and_never_overwrite(analyse, runs):
+    for number in ("", "_2"):
+        result = run_study(analyse, runs, "losses", STUDIES["losses"])
+        assert result.code == 0, result.err
+        for end in (".png", ".csv", "_curves.csv"):
+            assert (runs / f"ddpm_digits/losses{number}{end}").is_file()
+
+
+def test_losses_are_the_errors_of_the_network(analyse, runs, tmp_path):
+    assert run_study(analyse, runs, "losses", STUDIES["losses"], "--out", "o").code == 0
+    points = rows_of(tmp_path / "o/losses_curves.csv")
+    eps = {(p["curve"], p["x"]): float(p["y"]) for p in points if p["chart"] == "mse of eps"}
+    x_0 = {(p["curve"], p["x"]): float(p["y"]) for p in points if p["chart"] == "mse of x_0"}
+    for (run, snr), error in eps.items():
+        assert x_0[run, snr] == pytest.approx(error / float(snr), rel=1e-3)
+    rows = rows_of(tmp_path / "o/losses.csv")
+    assert [r["weighting"] for r in rows] == ["plain MSE"] * 3 + ["p2"] * 3
+    training = [p for p in points if p["chart"].startswith("training")]
+    assert len(training) == 2 * 2  # two runs of two epochs
+
+
+def test_evaluate_measures_what_sample_writes(analyse, runs, tmp_path):
+    """The floor is beside every run; copies of training images have distance 0 to the nearest."""
+    assert run_study(analyse, runs, "evaluate", STUDIES["evaluate"], "--out", "o").code == 0
+    rows = rows_of(tmp_path / "o/evaluate.csv")
+    assert [r["run"].split("/")[-1] for r in rows] == [
+        "ddpm_digits",
+        "ddpm_conditional_digits",
+        "real images",
+    ]
+    assert {r["n"] for r in rows} == {"60"}
+    assert rows[0]["label accuracy"] == "" and rows[1]["label accuracy"] != ""
+    assert float(rows[2]["frechet"]) < float(rows[0]["frechet"])  # two epochs draw noise
+    assert float(rows[2]["precision"]) > float(rows[0]["precision"]) + 0.3
+    result = script_sample(analyse, runs, tmp_path)
+    model = analysis.load_model(str(runs / "ddpm_digits"), torch.device("cpu"))
+    args = type("Args", (), {"batch_size": 3, "seed": 0})
+    x = analysis.draw(model, 4, ddpm.ddim, 3, args)
+    assert np.abs(np.subtract(utils.to_uint8(x)[..., 0], result, dtype=int)).max() <= 1
+
+
+def script_sample(analyse, runs, tmp_path):
+    argv = sys.argv
+    sys.argv = ["ddpm.py", "--sample", "4", "--checkpoint", str(runs / "ddpm_digits"), "--sampler", "ddim",
+                "--sample-steps", "3", "--out", str(tmp_path / "s"), "--device", "cpu"]  # fmt: skip
+    try:
+        ddpm.main()
+    finally:
+        sys.argv = argv
+    return np.stack([np.asarray(Image.open(p)) for p in utils.image_files(tmp_path / "s")])
+
+
+def test_guidance_of_an_unconditional_model_and_of_captions(analyse, runs, tmp_path):
+    flags = "ddpm_digits --per-label 3 --guidance-scale 0,2 --sample-steps 2 --labels 1,2,3,4,5,6,7"
+    result = run_study(analyse, runs, "guidance", flags, "--out", "a")
+    assert result.code == 0, result.err
+    kinds = [row["guidance"] for row in rows_of(tmp_path / "a/guidance.csv")]
+    assert kinds == ["classifier", "classifier", "real images"]
+    prompts = ["--prompt", "a red circle", "a blue square"]
+    flags = ["--per-label", 2, "--guidance-scale", "1,3", "--sample-steps", 2, "--out", "b"]
+    result = analyse("guidance", runs / "text", *prompts, *flags)
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "b/guidance.csv")
+    assert [(r["guidance"], r["scale"], r["n"]) for r in rows] == [("cfg", "1", "4"), ("cfg", "3", "4")]
+    assert "accuracy" not in rows[0] and float(rows[0]["diversity"]) > 0
+
+
+def test_denoise_without_a_run_and_of_a_denoiser_alone(analyse, runs, tmp_path):
+    result = analyse("denoise", "--images", 64, "--out", "a", "--cache-dir", "c")
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "a/denoise.csv")
+    assert [r["denoised by"] for r in rows] == ["noisy", "best blur"] * 3
+    by_way = {(r["noise"], r["denoised by"]): float(r["psnr"]) for r in rows}
+    assert all(by_way[t, "best blur"] > by_way[t, "noisy"] for t in ("t = 250", "t = 500", "t = 750"))
+    ab = Diffusion(1000, "linear").alpha_bar[500].item()  # x_t / sqrt(ab) is x_0 + noise of (1 - ab) / ab
+    assert by_way["t = 500", "noisy"] == pytest.approx(-10 * math.log10((1 - ab) / ab / 4), abs=0.2)
+    result = analyse("denoise", runs / "denoiser_digits", "--out", "b")
+    assert result.code == 0, result.err
+    rows = [r for r in rows_of(tmp_path / "b/denoise.csv") if r["noise"].startswith("sigma")]
+    ways = {r["denoised by"] for r in rows}
+    assert ways == {"one step, epoch 1", "one step, epoch 5", "noisy"}
+    sigmas = [float(r["sigma"]) for r in rows if r["denoised by"] == "one step, epoch 5"]
+    assert sigmas == [0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0]
+
+
+def test_report_has_a_page_for_each_study(analyse, runs, tmp_path, monkeypatch):
+    called = []
+
+    original = analysis.parse
+    flags = {
+        study: [part for part in STUDIES.get(study, "--noise-steps 20").split() if not (runs / part).is_dir()]
+        for study in analysis.STUDIES
+    }
+
+    def parse(argv=None):
+        if argv is None:
+            return original()
+        called.append(argv[0])
+        return original([*argv, *flags[argv[0]]])
+
+    monkeypatch.setattr(analysis, "parse", parse)
+    classifier = ["--classifier", runs / "classifier_digits"]
+    result = analyse("report", runs / "ddpm_conditional_digits", *classifier, "--out", "o")
+    assert result.code == 0, result.err
+    assert called == [name for name in analysis.STUDIES if name != "report"]
+    pdf = (tmp_path / "o/report.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == len(called)
+    for study in called:
+        assert (tmp_path / f"o/{study}.png").is_file() and (tmp_path / f"o/{study}.csv").is_file()
+
+
+def test_report_tells_on_its_page_why_a_study_is_left_out(analyse, runs, monkeypatch):
+    few = {name: analysis.STUDIES[name] for name in ("guidance", "report")}
+    monkeypatch.setattr(analysis, "STUDIES", few)
+    result = analyse("report", runs / "ddpm_digits", "--out", "o")
+    assert result.code == 0 and "guidance is left out" in result.err and "--classifier RUN" in result.err
+
+
+def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_to_install(
+    analyse, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for study, flags in (("noise", STUDIES["noise"]), ("losses", STUDIES["losses"])):
+        result = run_study(analyse, runs, study, flags, "--out", "o")
+        assert "pip install matplotlib" in error_line(result)
+        assert (tmp_path / f"o/{study}.csv").is_file() and (tmp_path / f"o/{study}_curves.csv").is_file()
+    assert (tmp_path / "o/noise.png").is_file() and not (tmp_path / "o/losses.png").exists()
+    result = analyse("schedules", "--out", "o")
+    assert "pip install matplotlib" in error_line(result) and (tmp_path / "o/schedules.csv").is_file()
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("nosuch", "invalid choice"),
+        ("", "STUDY"),
+        ("noise", "takes one run"),
+        ("noise nowhere", "no checkpoint nowhere"),
+        ("noise {ddpm_digits} {p2}", "takes one run"),
+        ("noise {denoiser_digits}", "'denoiser'"),
+        ("noise {ddpm_digits} --levels 30", "t runs from 1 to 20"),
+        ("noise {ddpm_digits} --samplers euler", "'euler' is none of"),
+        ("noise {ddpm_digits} --classifier {c16}", "--image-size 16"),
+        ("noise {ddpm_digits} --classifier {ddpm_digits}", "'classifier' one is needed"),
+        ("noise {ddpm_digits} --image none.png", "there is no such file"),
+        ("noise {ddpm_digits} --image text.png", "can't be read as an image"),
+        ("noise {ddpm_digits} --data-root x --cache-dir", "expected one argument"),
+        ("schedules --schedules linear,straight", "'straight' is none of"),
+        ("forward --image plain.png", "of a single colour"),
+        ("denoise {ddpm_digits} {p2}", "one of each"),
+        ("guidance {ddpm_digits}", "--classifier RUN"),
+        ("guidance {text} --labels 1", "--prompt"),
+        ("guidance {ddpm_conditional_digits} --labels eleven", "no class of the model"),
+        ("guidance {text} --classifier {classifier_digits}", "captions"),
+        ("evaluate {ddpm_digits}", "--task classifier --dataset digits"),
+        ("evaluate {ddpm_digits} {text} --classifier {classifier_digits}", "compare runs of the same data"),
+        ("evaluate {ddpm_digits} --classifier {classifier_digits} --samples 500", "ask for fewer"),
+        (
+            "evaluate {ddpm_digits} --classifier {classifier_digits} --samples 10 --sample-steps 2",
+            "at least 17",
+        ),
+        ("losses {ddpm_digits} {text}", "compare runs of the same data"),
+        ("losses", "at least one run"),
+        ("report", "takes one run"),
+        ("score {ddpm_digits} {p2}", "one run at most"),
+    ],
+)
+def test_errors_are_one_line(analyse, runs, tmp_path, arguments, says):
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "plain.png")
+    names = {path.name: str(path) for path in runs.iterdir()}
+    result = analyse(*arguments.format(**names).split())
+    assert says in error_line(result)
+
+
+def test_a_data_set_that_moved_is_told(analyse, runs):
+    """The run knows where its data were; where they are not, --data-root is asked for."""
+    state = torch.load(runs / "ddpm_digits/ckpt.pt", weights_only=True)
+    state["config"]["dataset"], state["config"]["data_root"] = "folder", "gone"
+    torch.save(state, "ckpt.pt")
+    assert "--data-root" in error_line(analyse("losses", "ckpt.pt"))
