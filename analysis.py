@@ -127,7 +127,8 @@ def draw_panel(ax, panel: Panel) -> None:
     ax.grid(alpha=0.3)
     if panel.stages:
         # a cosine's last steps would squeeze all the others: what lies below 1e-4 is left to the table
-        high, low = max(ax.get_xlim()), max(1e-4, min(ax.get_xlim()))
+        high = max(ax.get_xlim())
+        low = max(min(1e-4, high / 10), min(ax.get_xlim()))
         for (name, (start, end)), shade in zip(STAGES.items(), ("0.78", "0.88", "0.97"), strict=True):
             left, right = max(low, start), min(high, end)
             if left < right:
@@ -267,12 +268,12 @@ def energy_bands(x: Tensor) -> Tensor:
 def kept_bands(x: Tensor, x_0: Tensor) -> Tensor:
     """The share of x_0's energy in each band that x has too, over all images: <x, x_0> / <x_0, x_0>; -> (3,).
 
-    1 for x = x_0, about 0 for images that have nothing to do with it. For the mean of all x_0 that fit some
-    x_t it is the share of the energy that x_t tells.
+    1 for x = x_0, about 0 for images that have nothing to do with it; nan where x_0 has nothing in a band.
+    For the mean of all x_0 that fit some x_t it is the share of the energy that x_t tells.
     """
     spectrum, of_x_0 = (torch.fft.fft2(z.double()) for z in (x, x_0))
-    product = in_bands((spectrum * of_x_0.conj()).real).sum(0)
-    return product / in_bands(of_x_0.abs().square()).sum(0)
+    product, energy = (in_bands(z).sum(0) for z in ((spectrum * of_x_0.conj()).real, of_x_0.abs().square()))
+    return torch.where(energy > 1e-9 * energy.sum(), product / energy, math.nan)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -309,14 +310,17 @@ def covered(points: Tensor, cloud: Tensor, k: int = 3) -> float:
 
 
 def quality(features: Tensor, real: Tensor) -> Row:
-    """How features (n, D) of samples compare with those of real images (m, D)."""
-    precision, recall = covered(features, real), covered(real, features)
+    """How features (n, D) of samples compare with those of real images (m, D), m >= n.
+
+    Precision and recall are taken between sets of one size, as in their paper.
+    """
+    precision, recall = covered(features, real[: len(features)]), covered(real[: len(features)], features)
     return {"frechet": frechet_distance(features, real), "precision": precision, "recall": recall}
 
 
 def diversity(x: Tensor, y: Tensor) -> float:
-    """Mean distance, rms per pixel, between two images of one class; x (B, C, H, W), y (B,)."""
-    distances = torch.cat([torch.pdist(x[y == k].flatten(1)) for k in y.unique()])
+    """Mean distance between two images of one class, rms per pixel of [0, 1]; x (B, C, H, W), y (B,)."""
+    distances = torch.cat([torch.pdist(x[y == k].flatten(1) / 2) for k in y.unique()])
     return (distances / x[0].numel() ** 0.5).mean().item()
 
 
@@ -326,14 +330,19 @@ def saturation(x: Tensor) -> float:
 
 
 def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """Distance, rms per pixel, of x (n, C, H, W) to the nearest image of a cloud, and its number; (n,) each.
+    """Distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its number; (n,) each.
 
-    `skip` = 1 where x is part of the cloud, and each image is its own nearest.
+    Rms per pixel of [0, 1]. `skip` = 1 where x is part of the cloud, and each image is its own nearest.
     """
-    flat = cloud.flatten(1)
-    found = [torch.cdist(part, flat).topk(1 + skip, largest=False) for part in x.flatten(1).split(256)]
-    values, index = (torch.cat([part[i][:, skip] for part in found]) for i in (0, 1))
-    return values / x[0].numel() ** 0.5, index
+    values, index = torch.full((len(x), 0), 0.0), torch.zeros((len(x), 0), dtype=torch.long)
+    for start in range(0, len(cloud), 4096):  # so that no more of it is made float at once
+        part = to_x_0(cloud[start : start + 4096])
+        distance = torch.cdist(x.flatten(1) / 2, part.flatten(1) / 2) / x[0].numel() ** 0.5
+        numbers = torch.arange(start, start + len(part)).expand(len(x), -1)
+        values, index = torch.cat([values, distance], 1), torch.cat([index, numbers], 1)
+        values, best = values.topk(min(1 + skip, values.shape[1]), largest=False)
+        index = index.gather(1, best)
+    return values[:, -1], index[:, -1]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -373,6 +382,13 @@ class Model:
         return clip_x_0(self.diffusion, guided)
 
 
+def without_condition(model: Model) -> None:
+    """A note that a conditional model is studied as it is without its condition."""
+    if model.checkpoint["kind"] == "ddpm_conditional":
+        never = " (which it never learned)" if model.config.get("p_uncond") == 0 else ""
+        utils.note(f"{model.path} is conditional: here it is told nothing, the null condition{never}")
+
+
 def network_of(checkpoint: dict) -> Callable[..., torch.nn.Module]:
     """The class of network that a checkpoint of any script holds."""
     return UNet if checkpoint["kind"] == "denoiser" else ddpm_conditional.conditional_network(checkpoint)
@@ -389,14 +405,19 @@ class Judge:
     net: torch.nn.Module
     device: torch.device
 
+    @property
+    def dim(self) -> int:
+        """D, the number of features."""
+        return self.net.head.in_features
+
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D)."""
-        parts = [self.net.features(part, torch.ones_like(part[:, 0, 0, 0]).long()) for part in self.split(x)]
-        return torch.cat(parts).float().cpu()
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        return x.to(self.device).split(256)
+        """Images (B, C, H, W) in [-1, 1], or uint8, -> (B, D)."""
+        found = []
+        for part in x.split(256):
+            part = (to_x_0(part) if part.dtype == torch.uint8 else part).to(self.device)
+            found.append(self.net.features(part, torch.ones(len(part), dtype=torch.long, device=self.device)))
+        return torch.cat(found).float().cpu()
 
     @torch.no_grad()
     def p(self, x: Tensor) -> Tensor:
@@ -419,6 +440,16 @@ def real_data(args: argparse.Namespace, config: dict) -> utils.Data:
     return utils.get_data(config["dataset"], root, "train", **choice, cache_dir=args.cache_dir)
 
 
+def labelled_data(args: argparse.Namespace, config: dict) -> utils.Data:
+    """The same, with their labels; UserError if they have none."""
+    data = real_data(args, config)
+    if data.labels is None:
+        raise UserError(
+            f"the images of {config['dataset']} have no labels here: is it the --data-root of the run?"
+        )
+    return data
+
+
 def to_x_0(images: Tensor) -> Tensor:
     """uint8 (B, C, H, W) -> [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -428,37 +459,50 @@ def to_x_0(images: Tensor) -> Tensor:
 class Reference:
     """Real images to compare samples with: one half of them, and from the other as many as samples."""
 
-    real: Tensor  # (N, C, H, W), all of them
+    real: Tensor  # (N, C, H, W) uint8, all of them
     features: Tensor  # (N // 2, D), of the first half
-    floor: Tensor  # (n, C, H, W), of the second half: what samples as good as real would score
+    floor: Tensor  # (n, C, H, W), of the second half: what samples as good as real ones would score
     floor_features: Tensor  # (n, D)
     labels: Tensor  # (n,), of the floor
 
 
-def make_reference(
-    data: utils.Data, judge: Judge, n: int, seed: int, asked: Tensor | None = None
-) -> Reference:
-    """The reference for n samples, or where they were `asked` for labels (n,), for these.
-
-    Then the floor has as many of each label, and the real images are of these labels. UserError where there
-    are too few.
-    """
-    wanted = torch.ones(len(data.labels)) if asked is None else torch.isin(data.labels, asked)
-    index = wanted.nonzero()[:, 0]
-    index = index[torch.randperm(len(index), generator=utils.seeded_generator(seed))]
-    first, second = index[: len(index) // 2], index[len(index) // 2 :]
-    if asked is not None:
-        of_label = [second[data.labels[second] == k][: (asked == k).sum()] for k in asked.unique()]
-        second = torch.cat(of_label)
-    if len(second) < n:
-        of = "" if asked is None else " with their labels"
+def make_reference(data: utils.Data, judge: Judge, n: int, seed: int) -> Reference:
+    """The reference for n samples; UserError where n is too small to measure, or the real images too few."""
+    if n <= judge.dim:
         raise UserError(
-            f"{n} samples are compared with one half of the real images{of}, and with {n} of the other half, "
-            f"which has {len(second)} that can be used: ask for fewer samples"
+            f"a Frechet distance in the classifier's {judge.dim} features takes at least {judge.dim + 1} "
+            f"samples, not {n}" + (": ask for more --samples" if len(data.images) > 2 * judge.dim + 1 else "")
         )
-    real, floor = to_x_0(data.images[index]), to_x_0(data.images[second[:n]])
-    features = judge.features(real[: len(first)])
+    order = torch.randperm(len(data.images), generator=utils.seeded_generator(seed))
+    if len(order) < 2 * n:
+        raise UserError(
+            f"{n} samples are compared with half of the real images, and with {n} of the other half, which "
+            f"takes {2 * n}, and there are {len(order)}: ask for fewer --samples"
+        )
+    return split_reference(data, judge, *order.tensor_split([len(order) // 2]), n)
+
+
+def reference_of_labels(data: utils.Data, judge: Judge, asked: Tensor, seed: int) -> Reference:
+    """The reference for samples that were asked for labels (n,): real images of these, in like proportion.
+
+    Of a label that the second half has too few of, the floor takes what there is.
+    """
+    order = torch.randperm(len(data.images), generator=utils.seeded_generator(seed))
+    order = order[torch.isin(data.labels[order], asked)]
+    first, second = order.tensor_split([len(order) // 2])
+    second = [second[data.labels[second] == k][: (asked == k).sum()] for k in asked.unique()]
+    return split_reference(data, judge, first, torch.cat(second), len(asked))
+
+
+def split_reference(data: utils.Data, judge: Judge, first: Tensor, second: Tensor, n: int) -> Reference:
+    floor = to_x_0(data.images[second[:n]])
+    real, features = data.images[torch.cat([first, second])], judge.features(data.images[first])
     return Reference(real, features, floor, judge.features(floor), data.labels[second[:n]])
+
+
+def samples_for(judge: Judge | None, asked: int | None) -> int:
+    """How many samples to measure quality on: --samples, or enough for the classifier's features."""
+    return asked or max(128, judge.dim * 5 // 4 if judge else 0)
 
 
 def read_images(files: Sequence[str], size: int, channels: int) -> Tensor:
@@ -485,16 +529,29 @@ def chosen_images(args: argparse.Namespace, count: int, config: dict | None = No
 
     `config` is that of the run that they are for; without one --dataset and --image-size say what to take.
     """
+    given = {dest for dest in ("dataset", "image_size") if getattr(args, dest, None)}
+    if config and given:
+        raise UserError(f"{utils.flag(given.pop())} comes from the run: leave it out")
     if args.image:
+        if getattr(args, "images", None):
+            raise UserError("--images counts images of the data set: leave it out beside --image")
         known = config or {"image_size": args.image_size or 64, "channels": 3}
         return read_images(args.image, known["image_size"], known["channels"])
     if config:
         images = real_data(args, config).images
     else:
-        root, size = args.data_root or "data", args.image_size
-        images = utils.get_data(args.dataset, root, "train", size, cache_dir=args.cache_dir).images
+        root, name = args.data_root or "data", args.dataset or "digits"
+        images = utils.get_data(name, root, "train", args.image_size, cache_dir=args.cache_dir).images
     order = torch.randperm(len(images), generator=utils.seeded_generator(args.seed))
     return to_x_0(images[order[:count]])
+
+
+def chosen_levels(levels: Sequence[int] | None, default: Sequence[int], T: int) -> list[int]:
+    """Times t, falling: --levels, or some that are quoted for T = 1000; UserError for one above T."""
+    chosen = sorted(set(levels or (at(t, T) for t in default)), reverse=True)
+    if chosen[0] > T:
+        raise UserError(f"--levels: t runs from 1 to {T}")
+    return chosen
 
 
 def at(t: int, T: int) -> int:
@@ -536,7 +593,7 @@ def numbered_noise(
 @torch.no_grad()
 def draw(
     model: Model,
-    count: int,
+    numbers: range,
     sampler: Callable[..., Tensor],
     steps: int,
     args: argparse.Namespace,
@@ -544,17 +601,17 @@ def draw(
     diffusion: Diffusion | None = None,
     per_step: int = 1,
 ) -> Tensor:
-    """`count` samples x_0 (B, C, H, W) on the CPU, image i from noise of its own.
+    """Samples x_0 (B, C, H, W) of those numbers on the CPU, each from noise of its own.
 
     `denoiser_of(numbers)` makes the denoiser of a batch, the model's own if not given; `diffusion` may be
     another process than the model's; the sampler calls the denoiser `per_step` times a step.
     """
     diffusion, done = diffusion or model.diffusion, []
     shape = (model.config["channels"], model.config["image_size"], model.config["image_size"])
-    with progress(f"{sampler.__name__}, {steps} steps", count * steps * per_step) as bar:
-        for numbers in torch.arange(count).split(args.batch_size):
-            x_T, generators = numbered_noise(numbers.tolist(), shape, args.seed)
-            eps_theta = denoiser_of(numbers) if denoiser_of else model.eps_theta()
+    with progress(f"{sampler.__name__}, {steps} steps", len(numbers) * steps * per_step) as bar:
+        for batch in torch.tensor(numbers).split(args.batch_size):
+            x_T, generators = numbered_noise(batch.tolist(), shape, args.seed)
+            eps_theta = denoiser_of(batch) if denoiser_of else model.eps_theta()
             counted = in_batches(eps_theta, args.batch_size, bar)
             x = sampler(diffusion, counted, x_T.to(model.device), diffusion.timesteps(steps), generators)
             done.append(x.clamp(-1, 1).cpu())
@@ -732,8 +789,11 @@ def ho_weights(diffusion: Diffusion) -> Tensor:
 
 
 def continuous_weights(diffusion: Diffusion) -> Tensor:
-    """-SNR(t) / SNR'(t), the same for infinitely many steps (Kingma et al. 2021), by differences; (T,)."""
-    return -1 / torch.gradient(diffusion.snr[1:].log())[0]  # SNR' / SNR is the slope of log SNR
+    """-SNR(t) / SNR'(t), the same for infinitely many steps (Kingma et al. 2021); (T,).
+
+    SNR'(t) by its difference from t - 1, which is infinite at t = 1: there the weight is 0.
+    """
+    return diffusion.snr[1:] / (diffusion.snr[:-1] - diffusion.snr[1:])
 
 
 def weights(args: argparse.Namespace) -> Result:
@@ -755,7 +815,10 @@ def weights(args: argparse.Namespace) -> Result:
             ("the same, normalised", {name: weight / weight.sum() for name, weight in of_vlb.items()}),
             ("weight of the error of eps", of_eps),
         ):
-            lines = {name: (snr.tolist(), weight.tolist()) for name, weight in weightings.items()}
+            drawn = {name: weight > 0 for name, weight in weightings.items()}
+            lines = {
+                name: (snr[drawn[name]].tolist(), w[drawn[name]].tolist()) for name, w in weightings.items()
+            }
             panels.append(Panel(f"{schedule}: {title}", "SNR", "weight", lines, "xy", stages=True))
         for kind, weightings in (("VLB's terms", of_vlb), ("error of eps", of_eps)):
             for name, weight in weightings.items():
@@ -803,34 +866,35 @@ def chains(
     return torch.cat(done)
 
 
-def compare(x: Tensor, x_0: Tensor, mean: Tensor | float, judge: Judge | None) -> Row:
+def compare(x: Tensor, x_0: Tensor, mean: Tensor | float) -> Row:
     """Measures of x beside x_0, (B, C, H, W) both.
 
     The energy in bands is counted from a mean image (C, H, W), so that what all images share is no credit.
     """
-    kept = kept_bands(x - mean, x_0 - mean).tolist()
-    same = (judge.p(x).argmax(1) == judge.p(x_0).argmax(1)).double().mean().item() if judge else None
+    kept = [share if math.isfinite(share) else None for share in kept_bands(x - mean, x_0 - mean).tolist()]
     return {
         "mse": ((x - x_0) / 2).square().mean().item(),
         "psnr": psnr(x, x_0).mean().item(),
         "ssim": ssim(x, x_0).mean().item(),
         **{f"{band} kept": share for band, share in zip(BANDS, kept, strict=True)},
-        "classifier agrees": same,
     }
 
 
-def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int) -> list[Row]:
+def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, judge: Judge | None = None) -> list[Row]:
     """Rms distance of two noisings of one image, and of noisings of two images, at forty levels.
 
-    P2, Choi et al. 2022, figure 2. Squared they are 2 (1 - ab), and that plus ab |x - x'|^2.
+    P2, Choi et al. 2022, figure 2. Per pixel and squared they are 2 (1 - ab), and that plus ab |x - x'|^2;
+    with a judge also in its features, as the paper's distance is a perceptual one.
     """
     rows = []
     for t in sorted({max(1, round(diffusion.T * k / 40)) for k in range(1, 41)}):
         times = torch.full((len(x_0),), t)
         a, b = (diffusion.noise_images(x_0, times, utils.seeded_generator(seed, t, i))[0] for i in (0, 1))
         for what, other in (("one image", b), ("two images", b.roll(1, 0))):
-            distance = (a - other).square().mean().sqrt()
-            rows.append({"of": what, "snr": diffusion.snr[t], "distance": distance})
+            row: Row = {"of": what, "snr": diffusion.snr[t], "pixels": (a - other).square().mean().sqrt()}
+            if judge:
+                row["features"] = (judge.features(a) - judge.features(other)).square().mean().sqrt()
+            rows.append(row)
     return rows
 
 
@@ -840,12 +904,11 @@ def noise(args: argparse.Namespace) -> Result:
     # Start
     model = load_model(args.run, args.device)
     diffusion, judge = model.diffusion, load_judge(args.classifier, model)
-    x_0 = chosen_images(args, args.images, model.config)  # (B, C, H, W)
+    without_condition(model)
+    x_0 = chosen_images(args, args.images or 16, model.config)  # (B, C, H, W)
+    named = judge and judge.p(x_0).argmax(1)
     mean = 0.0 if args.image or len(x_0) == 1 else x_0.mean(0)  # what all of them share; else mid-gray
-    default = [at(t, diffusion.T) for t in (50, 150, 300, 450, 600, 750, 900, 1000)]
-    levels = sorted(set(args.levels or default), reverse=True)
-    if levels[0] > diffusion.T:
-        raise UserError(f"--levels: t runs from 1 to {diffusion.T}")
+    levels = chosen_levels(args.levels, (50, 150, 300, 450, 600, 750, 900, 1000), diffusion.T)
     L, B, steps = len(levels), len(x_0), min(args.sample_steps, diffusion.T)
     draws = {sampler: args.draws if sampler == "ddpm" else 1 for sampler in args.samplers}
     stops = [*diffusion.timesteps(steps), *levels]
@@ -873,20 +936,27 @@ def noise(args: argparse.Namespace) -> Result:
     rows = []
     for name, x in found.items():
         for level, several in reversed(list(zip(levels, x, strict=True))):  # several: (K, B, C, H, W)
-            each = [compare(draw, x_0, mean, judge) for draw in several]
+            each = [compare(draw, x_0, mean) for draw in several]
             row: Row = {"reconstruction": name, "t": level, "snr": diffusion.snr[level]}
             row |= {key: None if each[0][key] is None else np.mean([m[key] for m in each]) for key in each[0]}
+            if judge:
+                p = judge.p(several.flatten(0, 1))
+                row["classifier agrees"] = (p.argmax(1) == named.repeat(len(several))).double().mean().item()
             if len(several) > 1:  # what the draws share is what the model got out of x_t
                 row["spread of draws"] = several.std(0).square().mean().sqrt().item() / 2
                 row["mse of their mean"] = ((several.mean(0) - x_0) / 2).square().mean().item()
             rows.append(row)
     # End
     shown = {"x_t": x_t.cpu().unflatten(0, (L, 1, B)), **found}
-    far = two_noisings(diffusion, x_0, args.seed) if B > 1 else []
+    far = two_noisings(diffusion, x_0, args.seed, judge) if B > 1 else []
+    energy = [
+        f"{band} {share:.0%}" for band, share in zip(BANDS, energy_bands(x_0 - mean).mean(0), strict=True)
+    ]
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     notes = [
         f"over {B} images, {args.draws} draws of each by ddpm; mse, psnr, spread: of images in [0, 1]",
-        f"kept: the share of x_0's energy, counted from {zero}; low: to 0.125 cycles a pixel, middle: 0.25",
+        f"kept: the share of x_0's energy, counted from {zero}: {', '.join(energy)}. low: to 0.125 cycles a",
+        "pixel, middle: to 0.25",
     ]
     figure = [*pairs(noise_grids(shown, x_0, diffusion, levels, args.show)), noise_chart(rows, far)]
     return Result(figure, rows, model.folder, notes)
@@ -909,14 +979,12 @@ def noise_grids(
 
 
 def noise_chart(rows: Sequence[Row], far: Sequence[Row]) -> Chart:
-    measures = [key for key in rows[-1] if key not in ("reconstruction", "t", "snr", "mse of their mean")]
-    panels = [
-        Panel(key, "SNR", key, curves(rows, "reconstruction", "snr", key), "x", stages=True)
-        for key in measures
-    ]
-    distance = curves(far, "of", "snr", "distance")
-    panels.append(Panel("distance of two noisings", "SNR", "rms per pixel", distance, "x", stages=True))
-    return Chart(panels)
+    measures = dict.fromkeys(key for row in rows for key in row)
+    measures = [key for key in measures if key not in ("reconstruction", "t", "snr", "mse of their mean")]
+    panels = [(key, key, curves(rows, "reconstruction", "snr", key)) for key in measures]
+    panels.append(("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels")))
+    panels.append(("the same to the classifier", "rms per feature", curves(far, "of", "snr", "features")))
+    return Chart([Panel(title, "SNR", y, lines, "x", stages=True) for title, y, lines in panels])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -928,7 +996,7 @@ def best_blur(x: Tensor, x_0: Tensor) -> tuple[Tensor, int, float]:
     size, tried = min(x.shape[-2:]), []
     for sigma in np.geomspace(0.3, size / 6, 24).tolist():
         width = min(2 * math.ceil(3 * sigma) + 1, size - 1 + size % 2)  # odd, not wider than the image
-        blurred = gaussian_blur(x, [width, width], [sigma, sigma])
+        blurred = gaussian_blur(gaussian_blur(x, [width, 1], [sigma, sigma]), [1, width], [sigma, sigma])
         tried.append(((blurred - x_0).square().mean().item(), width, sigma, blurred))
     _, width, sigma, blurred = min(tried, key=lambda one: one[0])
     return blurred, width, sigma
@@ -943,12 +1011,17 @@ def denoise(args: argparse.Namespace) -> Result:
     if len(denoisers) > 1 or len(models) > 1:
         raise UserError("denoise takes a diffusion run, a run of --task denoiser, or one of each")
     first = next(iter(models + denoisers), None)
-    x_0 = chosen_images(args, args.images, first and first.config)
-    diffusion = models[0].diffusion if models else Diffusion(1000, args.schedule)
+    same_data(models + denoisers)
+    for model in models:
+        without_condition(model)
+        if args.schedule:
+            raise UserError("--schedule comes from the run: leave it out")
+    x_0 = chosen_images(args, args.images or 16, first and first.config)
+    diffusion = models[0].diffusion if models else Diffusion(1000, args.schedule or "linear")
     # Start
     T, pictures, labels, rows, heads = diffusion.T, [], [], [], []
-    strided = [at(t, T) for t in range(990, 0, -30)] + [0]  # A 1.4: 990, 960, ..., 0
-    for t in (at(t, T) for t in args.levels):
+    strided = sorted({0, *(at(t, T) for t in range(990, 0, -30))}, reverse=True)  # A 1.4: 990, 960, ..., 0
+    for t in reversed(chosen_levels(args.levels, (250, 500, 750), T)):
         generators = [utils.seeded_generator(args.seed, t, i) for i in range(len(x_0))]
         times = torch.full((len(x_0),), t)
         x_t, _ = diffusion.noise_images(x_0, times, generators)  # A 1.1
@@ -956,10 +1029,12 @@ def denoise(args: argparse.Namespace) -> Result:
         blurred, width, sigma = best_blur(noisy, x_0)  # A 1.2
         ways = {"noisy": noisy, "best blur": blurred}
         for model in models:
-            eps_theta, x, times = model.eps_theta(), x_t.to(model.device), times.to(model.device)
-            one_step, _ = diffusion.split(eps_theta(x, times), x, times, "eps")  # A 1.3
+            x, times = x_t.to(model.device), times.to(model.device)
             down = [t, *(s for s in strided if s < t)]  # A 1.4: from t on down the strides of 30
-            many = ddpm.ddpm(diffusion, eps_theta, x, down, generators)
+            with progress(f"denoising from t = {t}", len(x) * len(down)) as bar:
+                eps_theta = in_batches(model.eps_theta(), args.batch_size, bar)
+                one_step, _ = diffusion.split(eps_theta(x, times), x, times, "eps")  # A 1.3
+                many = ddpm.ddpm(diffusion, eps_theta, x, down, generators)
             ways |= {"one step": one_step.cpu(), "iterative": many.cpu()}
         figures = {name: psnr(x, x_0).mean().item() for name, x in ways.items()}
         for name, figure in figures.items():
@@ -988,6 +1063,8 @@ def single_step(model: Model) -> tuple[list[Image.Image], list[Row]]:
         raise UserError(f"{logged} is missing: the run has had no epoch yet, or was copied without it")
     with open(logged, newline="") as file:
         lines = [{key: float(value) for key, value in line.items()} for line in csv.DictReader(file)]
+    if not lines:
+        raise UserError(f"{logged} is empty: the run has had no epoch yet")
     epochs = sorted({int(line["epoch"]) for line in lines})
     pictures, rows = [], []
     for epoch in [1, 5] if {1, 5} <= set(epochs) else sorted({epochs[0], epochs[-1]}):
@@ -1028,38 +1105,42 @@ def samplers(args: argparse.Namespace) -> Result:
     """The same starting noise through every sampler in 5 to T steps, and on other schedules."""
     model = load_model(args.run, args.device)
     T, trained, judge = model.diffusion.T, model.config["schedule"], load_judge(args.classifier, model)
-    reference = None
+    without_condition(model)
+    n, few, reference = samples_for(judge, args.samples), 8, None  # the few are compared one by one
     if judge:
-        reference = make_reference(real_data(args, model.config), judge, args.samples, args.seed)
-    few = min(8, args.samples)  # images that are compared one by one
+        reference = make_reference(labelled_data(args, model.config), judge, n, args.seed)
+    elif args.samples or args.full:
+        raise UserError("--samples and --full are of the quality, which takes --classifier RUN: add it")
     # Start
     plain = model.diffusion.denoiser(model.net)
     counts = sorted({min(steps, T) for steps in (5, 10, 20, 50, 100, 250, T)})
     jobs = [(sampler, trained, steps) for sampler in args.samplers for steps in counts]
     jobs += [("ddim", schedule, min(20, T)) for schedule in args.schedules if schedule != trained]
     rows, pictures = [], {}
-    end_point = draw(model, few, ddpm.ddim, T, args)  # of the probability flow
+    end_point = draw(model, range(few), ddpm.ddim, T, args)  # of the probability flow
     for sampler, schedule, steps in jobs:
         diffusion, eps_theta = model.diffusion, plain
         if schedule != trained:
             diffusion = Diffusion(T, schedule)
             eps_theta = on_schedule(model.diffusion, diffusion, plain)
         clipped = clip_x_0(diffusion, eps_theta)
-        judged = judge is not None and (steps <= 50 or args.full)
-        started, count = time.perf_counter(), args.samples if judged else few
-        x = draw(model, count, SAMPLERS[sampler], steps, args, lambda _, e=clipped: e, diffusion)
+        drawn = partial(draw, model, sampler=SAMPLERS[sampler], steps=steps, args=args, diffusion=diffusion)
+        drawn = partial(drawn, denoiser_of=lambda _, eps_theta=clipped: eps_theta)
+        started = time.perf_counter()
+        x = drawn(range(few))
         row: Row = {"sampler": sampler, "schedule": schedule, "steps": steps}
-        row["ms per image"] = 1000 * (time.perf_counter() - started) / count
-        row["distance to DDIM's end point"] = (x[:few] - end_point).square().mean().sqrt().item() / 2
-        if judged:
-            row |= {"n": count, **quality(judge.features(x), reference.features)}
+        row["ms per image"] = 1000 * (time.perf_counter() - started) / few
+        row["distance to DDIM's end point"] = (x - end_point).square().mean().sqrt().item() / 2
+        if judge and (steps <= 50 or args.full):
+            x = torch.cat([x, drawn(range(few, n))])
+            row |= {"n": n, **quality(judge.features(x), reference.features)}
         rows.append(row)
         pictures[sampler, schedule, steps] = x[:2]
     # End
     own = [row for row in rows if row["schedule"] == trained]
     if judge:
         real = quality(reference.floor_features, reference.features)
-        rows.append({"sampler": "real images", "n": args.samples, **real})
+        rows.append({"sampler": "real images", "n": n, **real})
     heads = [f"{steps} steps" for steps in counts]
     cells = [pictures[sampler, trained, steps] for sampler in args.samplers for steps in counts]
     caption = f"{model.path}: two starting noises, the same for all"
@@ -1075,7 +1156,7 @@ def samplers(args: argparse.Namespace) -> Result:
     ]
     of_flow = {k: [p for p in zip(*c, strict=True) if p[1] > 0] for k, c in panels[0].curves.items()}
     panels[0].curves = {name: tuple(zip(*points, strict=True)) for name, points in of_flow.items() if points}
-    notes = [f"distance: rms per pixel, {few} images in [0, 1], to ddim with {T} steps from the same noise"]
+    notes = [f"distance: rms per pixel of [0, 1], {few} images, to ddim with {T} steps from the same noise"]
     return Result([*grids, Chart(panels)], rows, model.folder, notes)
 
 
@@ -1089,7 +1170,13 @@ def guides(args: argparse.Namespace, model: Model) -> dict[str, Callable[[Tensor
     if model.checkpoint["kind"] == "ddpm_conditional":
         found["cfg"] = model.guided
     if path := args.guide or args.classifier:
-        classifier = ddpm_conditional.load_classifier(path, model.checkpoint, model.device)
+        try:
+            classifier = ddpm_conditional.load_classifier(path, model.checkpoint, model.device)
+        except UserError as error:  # a judge need not know the model's noise; a guide must
+            if args.guide or not found:
+                raise
+            utils.note(f"no classifier guidance: {error}")
+            return found
         plain = model.diffusion.denoiser(model.net)  # told nothing
 
         def by_classifier(y: Tensor, scale: float) -> Denoiser:
@@ -1105,11 +1192,13 @@ def guides(args: argparse.Namespace, model: Model) -> dict[str, Callable[[Tensor
 def guidance(args: argparse.Namespace) -> Result:
     """Scales of classifier-free and of classifier guidance: pictures, accuracy, diversity, saturation."""
     model = load_model(args.run, args.device)
-    denoisers, judge = guides(args, model), load_judge(args.classifier, model)
+    judge, denoisers = load_judge(args.classifier, model), guides(args, model)
     if not denoisers:
         raise UserError(
             f"{args.run} is unconditional: guiding it takes --classifier RUN, of --task classifier"
         )
+    if "cfg" in denoisers:
+        ddpm_conditional.fill_guidance_scale(args, model.config["p_uncond"])  # a note, where it is no use
     args.checkpoint = args.run  # which `conditions` names in its errors
     names, y = ddpm_conditional.conditions(args, model.checkpoint)
     if not (args.labels or args.prompt) and len(names) > 10:  # ten of many, evenly spaced
@@ -1118,17 +1207,20 @@ def guidance(args: argparse.Namespace) -> Result:
     # Start
     R, n = len(names), len(names) * args.per_label
     of = torch.arange(n) % R  # image i is asked to be names[i % R]
-    reference = make_reference(real_data(args, model.config), judge, n, args.seed, y[of]) if judge else None
+    reference = (
+        reference_of_labels(labelled_data(args, model.config), judge, y[of], args.seed) if judge else None
+    )
+    enough = judge and min(n, len(reference.floor), len(reference.features)) > judge.dim
     steps, sampler = min(args.sample_steps, model.diffusion.T), args.sampler or model.config["sampler"]
 
     def measured(kind: str, scale: float | None, x: Tensor, label: Tensor, features: Tensor | None) -> Row:
-        row: Row = {"guidance": kind, "scale": scale, "n": n}
+        row: Row = {"guidance": kind, "scale": scale, "n": len(x)}
         if judge:
             row["accuracy"] = (judge.p(x).argmax(1) == label).double().mean().item()
         if args.per_label > 1:
-            row["diversity"] = diversity(x, label if y.ndim == 1 else of)
+            row["diversity"] = diversity(x, label if y.ndim == 1 else of)  # captions are told by their number
         row["saturation"] = saturation(x)
-        if judge:
+        if enough:
             row["frechet"] = frechet_distance(features, reference.features)
         return row
 
@@ -1136,7 +1228,7 @@ def guidance(args: argparse.Namespace) -> Result:
     for kind, denoiser_of in denoisers.items():
         for scale in args.guidance_scale:
             make = lambda i, d=denoiser_of, s=scale: d(y[of[i]], s)  # noqa: E731
-            x = draw(model, n, SAMPLERS[sampler], steps, args, make)
+            x = draw(model, range(n), SAMPLERS[sampler], steps, args, make)
             rows.append(measured(kind, scale, x, y[of], judge and judge.features(x)))
             pictures[kind].append(x[:R])
     scales = list(rows)
@@ -1152,9 +1244,11 @@ def guidance(args: argparse.Namespace) -> Result:
         grids.append(utils.make_grid(torch.stack(x, 1).flatten(0, 1), caption, len(heads), names, heads))
     measures = [key for key in ("accuracy", "diversity", "saturation", "frechet") if key in rows[0]]
     panels = [Panel(key, "scale", key, curves(scales, "guidance", "scale", key)) for key in measures]
-    notes = [
-        "diversity: mean rms distance per pixel within a condition; saturation: share of pixels at 0 or 255"
-    ]
+    notes = ["diversity: mean rms distance per pixel of [0, 1] within a condition; saturation: at 0 or 255"]
+    if judge and not enough:
+        notes.append(
+            f"no Frechet distance: it takes more than {judge.dim} images on either side (--per-label)"
+        )
     if judge and not args.guide:
         notes.append("the classifier that guides is also the judge, which flatters it: see --guide RUN")
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
@@ -1174,6 +1268,10 @@ def same_data(models: Sequence[Model]) -> None:
                     f"{model.path} was trained with {utils.flag(key)} {ours}, {models[0].path} {theirs}: "
                     "compare runs of the same data"
                 )
+        if model.checkpoint["class_names"] != models[0].checkpoint["class_names"]:
+            raise UserError(
+                f"{model.path} and {models[0].path} know other classes: compare runs of the same data"
+            )
 
 
 @torch.no_grad()
@@ -1182,11 +1280,12 @@ def evaluate(args: argparse.Namespace) -> Result:
     models = [load_model(run, args.device) for run in args.runs]
     same_data(models)
     if args.classifier is None:
-        trained = f"python ddpm_conditional.py --task classifier --dataset {models[0].config['dataset']}"
+        of = "--dataset {dataset} --image-size {image_size}".format(**models[0].config)
+        trained = f"python ddpm_conditional.py --task classifier {of}"
         raise UserError(
             f"evaluate sees images as a classifier does: name one with --classifier RUN ({trained})"
         )
-    judge, data = load_judge(args.classifier, models[0]), real_data(args, models[0].config)
+    judge, data = load_judge(args.classifier, models[0]), labelled_data(args, models[0].config)
     # Start
     n = args.samples or min(1000, len(data.images) // 2)
     reference = make_reference(data, judge, n, args.seed)
@@ -1201,15 +1300,17 @@ def evaluate(args: argparse.Namespace) -> Result:
     rows, pictures, names = [], [], []
     for model in models:
         steps, sampler = min(args.sample_steps, model.diffusion.T), args.sampler or model.config["sampler"]
+        if model.classes:
+            ddpm_conditional.fill_guidance_scale(args, model.config["p_uncond"])  # a note, where it is no use
         for scale in args.guidance_scale if model.classes else [None]:
             labels = torch.arange(n) % model.classes if model.classes else None
             asked = lambda i, m=model, y=labels, s=scale: m.guided(y[i], s)  # noqa: E731
-            x = draw(model, n, SAMPLERS[sampler], steps, args, asked if model.classes else None)
+            x = draw(model, range(n), SAMPLERS[sampler], steps, args, asked if model.classes else None)
             nearest, index = nearest_images(x, reference.real)
             row: Row = {"run": model.path, "scale": scale, "epoch": model.checkpoint["epoch"]}
             row |= {"sampled by": f"{sampler} {steps}"}
             rows.append(row | measured(x, judge.features(x), labels, nearest))
-            pictures += [x[:10], reference.real[index[:10]]]
+            pictures += [x[:10], to_x_0(reference.real[index[:10]])]
             told = "" if scale is None else f" scale {scale:g}"
             names += [model.folder.name + told, "nearest training image"]
     # the floor: what other real images score against the same half
@@ -1224,7 +1325,7 @@ def evaluate(args: argparse.Namespace) -> Result:
     notes = [
         f"as {args.classifier} sees them, trained on most of them; against {len(reference.features)} real,",
         "and so is the last row: other real ones. sure: share that it gives some label over 95 %. nearest:",
-        "rms distance per pixel, in [-1, 1], to the nearest training image (of a real one, to another one)",
+        "rms distance per pixel of [0, 1] to the nearest training image (of a real one, to another one)",
     ]
     return Result([grid], rows, models[0].folder, notes)
 
@@ -1238,11 +1339,14 @@ def losses(args: argparse.Namespace) -> Result:
     """The error at each noise level, of every run on the same images and noise, and training curves."""
     models = [load_model(run, args.device) for run in args.runs]
     same_data(models)
-    x_0 = to_x_0(real_data(args, models[0].config).images)
-    x_0 = x_0[torch.randperm(len(x_0), generator=utils.seeded_generator(args.seed))[: args.images]]
+    images = real_data(args, models[0].config).images
+    x_0 = to_x_0(
+        images[torch.randperm(len(images), generator=utils.seeded_generator(args.seed))[: args.images]]
+    )
     # Start
     rows, errors, training = [], [], []
     for model in models:
+        without_condition(model)
         diffusion = model.diffusion
         levels = sorted({at(t, diffusion.T) for t in (1, 10, *range(40, 1001, 40))})
         of_model = []
@@ -1275,7 +1379,7 @@ def losses(args: argparse.Namespace) -> Result:
     title = "training loss, as each run weights it"
     panels.append(Panel(title, "epoch", "loss", curves(training, "run", "epoch", "loss"), "y"))
     notes = [
-        f"on {len(x_0)} training images and the same noise; a stage's mean is over even steps of t in it"
+        f"on {len(x_0)} training images and the same noise; a stage's mean: of t = 1, 10, 40, 80, ... in it"
     ]
     return Result([Chart(panels)], rows, models[0].folder, notes)
 
@@ -1330,34 +1434,40 @@ def score(args: argparse.Namespace) -> Result:
     """Annealed Langevin dynamics beside ancestral sampling, for points in the plane and for images."""
     model = load_model(args.run, args.device) if args.run else None
     judge = load_judge(args.classifier, model) if model else None
+    if (args.classifier and not model) or (args.samples and not judge):
+        raise UserError("--samples and --classifier measure images: name a RUN, and its --classifier")
     # Start
     points = swiss_roll(4000, utils.seeded_generator(args.seed), noise=0.06) / 2.5  # in [-1, 1]
     net, diffusion = train_on_points(points, args.point_epochs, args.seed)
-    n, eps_theta, (data, more) = 1000, diffusion.denoiser(net), points[torch.randperm(4000)[:2000]].chunk(2)
-    ways = {  # at the same number of evaluations
-        "ancestral": (ddpm.ddpm, args.langevin_levels * args.inner, 1),
-        "Langevin": (partial(langevin, inner=args.inner, step=args.step), args.langevin_levels, args.inner),
-    }
+    n, eps_theta, (data, more) = 1000, diffusion.denoiser(net), points[:2000].chunk(2)
+    ways = {"ancestral": ddpm.ddpm, "Langevin": partial(langevin, inner=args.inner, step=args.step)}
+
+    def effort(way: str, T: int) -> tuple[int, int]:
+        """Steps and evaluations: as many of these either way, if T allows, and Langevin's last one."""
+        if way == "ancestral":
+            return min(args.langevin_levels * args.inner, T), min(args.langevin_levels * args.inner, T)
+        return min(args.langevin_levels, T), min(args.langevin_levels, T) * args.inner + 1
+
     rows, clouds, grids = [], {"data": data}, []
-    for way, (sampler, steps, per_step) in ways.items():
+    for way, sampler in ways.items():
+        steps, evaluations = effort(way, diffusion.T)
         x_T, generators = numbered_noise(range(n), (2, 1, 1), args.seed)
-        clouds[way] = sampler(diffusion, eps_theta, x_T, diffusion.timesteps(min(steps, 1000)), generators)
-        row: Row = {"data": "Swiss roll", "sampler": way, "evaluations": min(steps, 1000) * per_step, "n": n}
+        clouds[way] = sampler(diffusion, eps_theta, x_T, diffusion.timesteps(steps), generators)
+        row: Row = {"data": "Swiss roll", "sampler": way, "evaluations": evaluations, "n": n}
         rows.append(row | quality(clouds[way].flatten(1), data.flatten(1)))
     rows.append(
         {"data": "Swiss roll", "sampler": "real", "n": n, **quality(more.flatten(1), data.flatten(1))}
     )
     if model:
-        reference, n = None, 16
-        if judge:
-            n = args.samples
-            reference = make_reference(real_data(args, model.config), judge, n, args.seed)
-        for way, (sampler, steps, per_step) in ways.items():
-            steps = min(steps, model.diffusion.T)
-            x = draw(model, n, named(sampler, way), steps, args, per_step=per_step)
-            row = {"data": model.path, "sampler": way, "evaluations": steps * per_step, "n": n}
+        without_condition(model)
+        n = samples_for(judge, args.samples) if judge else 16
+        reference = make_reference(labelled_data(args, model.config), judge, n, args.seed) if judge else None
+        for way, sampler in ways.items():
+            steps, evaluations = effort(way, model.diffusion.T)
+            x = draw(model, range(n), named(sampler, way), steps, args, per_step=evaluations // steps)
+            row = {"data": model.path, "sampler": way, "evaluations": evaluations, "n": n}
             rows.append(row | (quality(judge.features(x), reference.features) if judge else {}))
-            grids.append(utils.make_grid(x[:16], f"{way}, {steps * per_step} evaluations", 8))
+            grids.append(utils.make_grid(x[:16], f"{way}, {evaluations} evaluations", 8))
         if judge:
             floor = quality(reference.floor_features, reference.features)
             rows.append({"data": model.path, "sampler": "real", "n": n, **floor})
@@ -1425,28 +1535,35 @@ def draw_table(
         widths = [max(map(font.getlength, column)) + size for column in zip(*cells, strict=True)]
         if sum(widths) <= width and 1.4 * size * len(cells) <= height:
             break
-    fit = int(height // (1.4 * size)) - 1
-    lines = (
-        [*cells[:fit], [f"... and {len(cells) - fit} rows more in the CSV"]] if len(cells) > fit else cells
-    )
-    for i, line in enumerate(lines):
+    fit = int(height // (1.4 * size))
+    if len(cells) > fit:
+        cells = [*cells[: fit - 1], [f"... and {len(cells) - fit + 1} rows more in the CSV"]]
+    for i, line in enumerate(cells):
         for k, cell in enumerate(line):
             canvas.text((MARGIN + sum(widths[:k]), top + 1.4 * size * i), cell, "black", font)
 
 
 def report(args: argparse.Namespace) -> None:
     """Every study of one run, in files of its own and as a page of a PDF."""
-    folder = Path(args.out) if args.out else load_model(args.run, args.device).folder
+    model = load_model(args.run, args.device)
+    load_judge(args.classifier, model)  # an error here is told before the work
+    folder = Path(args.out) if args.out else model.folder
     common = ["--seed", str(args.seed), "--device", str(args.device), "--cache-dir", args.cache_dir]
     common += ["--data-root", args.data_root] if args.data_root else []
     judge, pages, missing = ["--classifier", args.classifier] if args.classifier else [], [], None
+    of = {key: str(model.config[key]) for key in ("noise_steps", "dataset", "image_size")}
+    steps = ["--noise-steps", of["noise_steps"]]
+    same = {"schedules": steps, "weights": steps}
+    same["forward"] = [*steps, "--dataset", of["dataset"], "--image-size", of["image_size"]]
+    if not args.data_root:
+        same["forward"] += ["--data-root", str(model.config["data_root"])]
     # Start
     for name, study in STUDIES.items():
         if study.run is report:
             continue
         print(f"\n{name}")
         try:
-            of_run = [args.run] if study.most else []
+            of_run = [args.run] if study.most else same[name]
             result = study.run(parse([name, *of_run, *common, *(judge if study.judged else [])]))
             figure, error = publish(name, result, str(folder))
             missing = missing or error
@@ -1477,9 +1594,6 @@ def one_of(names: dict) -> Callable[[str], str]:
     return parse
 
 
-TIME = utils.number(int, 1, 1000)  # t, as quoted for T = 1000
-
-
 def add_schedules(add: Callable, default: Sequence[str] = tuple(SCHEDULES)) -> None:
     names = f"with commas between them: {', '.join(SCHEDULES)}"
     add(
@@ -1488,13 +1602,13 @@ def add_schedules(add: Callable, default: Sequence[str] = tuple(SCHEDULES)) -> N
     add("--noise-steps", type=whole(2), default=1000, metavar="T", help="number of noise levels")
 
 
-def add_image(add: Callable) -> None:
-    add("--image", nargs="+", metavar="FILE", help="your own images instead of the data set's")
+def add_image(add: Callable, count: int | str = "+") -> None:
+    add("--image", nargs=count, metavar="FILE", help="your own instead of the data set's")
 
 
 def add_data_set(add: Callable) -> None:
-    where = "where images come from, without a run or --image: %(choices)s"
-    add("--dataset", choices=list(utils.DATASETS), default="digits", metavar="NAME", help=where)
+    where = "where images come from, without a run or --image: %(choices)s (default: digits)"
+    add("--dataset", choices=list(utils.DATASETS), metavar="NAME", help=where)
     size = "height and width, without a run (default: the data set's; 64 for --image)"
     add("--image-size", type=whole(8), metavar="PIXELS", help=size)
 
@@ -1522,9 +1636,10 @@ def schedules_flags(add: Callable) -> None:
 
 def forward_flags(add: Callable) -> None:
     add_schedules(add)
-    add_image(add)
+    add_image(add, 1)
     add_data_set(add)
-    add("--at", type=TIME, default=300, metavar="t", help="whose x_t is shown in parts, quoted for T = 1000")
+    parts = "whose x_t is shown in parts, quoted for T = 1000"
+    add("--at", type=utils.number(int, 1, 1000), default=300, metavar="t", help=parts)
 
 
 def weights_flags(add: Callable) -> None:
@@ -1534,7 +1649,7 @@ def weights_flags(add: Callable) -> None:
 
 def noise_flags(add: Callable) -> None:
     add_image(add)
-    add("--images", type=whole(1), default=16, metavar="N", help="of the data set, to be measured")
+    add("--images", type=whole(1), metavar="N", help="of the data set, to be measured (default: 16)")
     add("--show", type=whole(1), default=4, metavar="N", help="of them in the figure")
     levels = "times t (default: eight from 50 to 1000, scaled to T)"
     add("--levels", type=utils.listed(whole(1)), metavar="LIST", help=levels)
@@ -1549,13 +1664,14 @@ def noise_flags(add: Callable) -> None:
 
 def denoise_flags(add: Callable) -> None:
     add_image(add)
-    many = "of the data set, over which PSNR is averaged; the first is shown"
-    add("--images", type=whole(1), default=16, metavar="N", help=many)
+    many = "of the data set, over which PSNR is averaged; the first is shown (default: 16)"
+    add("--images", type=whole(1), metavar="N", help=many)
     add_data_set(add)
-    times = "times t, quoted for T = 1000"
-    add("--levels", type=utils.listed(TIME), default=[250, 500, 750], metavar="LIST", help=times)
-    schedule = "of the noise, without a run"
-    add("--schedule", choices=list(SCHEDULES), default="linear", metavar="NAME", help=schedule)
+    times = "times t (default: 250,500,750, scaled to T)"
+    add("--levels", type=utils.listed(whole(1)), metavar="LIST", help=times)
+    schedule = "of the noise, without a run (default: linear)"
+    add("--schedule", choices=list(SCHEDULES), metavar="NAME", help=schedule)
+    add_batch(add)
 
 
 def samplers_flags(add: Callable) -> None:
@@ -1563,7 +1679,8 @@ def samplers_flags(add: Callable) -> None:
     add("--samplers", **which, help="with commas between them")
     which = {"type": utils.listed(one_of(SCHEDULES)), "default": list(SCHEDULES), "metavar": "LIST"}
     add("--schedules", **which, help="to sample on, beside the one trained on")
-    add("--samples", type=whole(1), default=128, metavar="N", help="that quality is measured on")
+    many = "that quality is measured on (default: 128, or what the classifier needs)"
+    add("--samples", type=whole(1), metavar="N", help=many)
     add("--full", action="store_true", help="measure quality above 50 steps as well")
     add_judge(add)
     add_batch(add)
@@ -1614,7 +1731,8 @@ def score_flags(add: Callable) -> None:
         metavar="N",
         help="of the network that learns the points",
     )
-    add("--samples", type=whole(1), default=128, metavar="N", help="images that quality is measured on")
+    many = "images that quality is measured on (default: 128, or what the classifier needs)"
+    add("--samples", type=whole(1), metavar="N", help=many)
     add_judge(add)
     add_batch(add)
 

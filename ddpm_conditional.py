@@ -367,7 +367,7 @@ def classification(
         raise UserError(f"data set {args.dataset} has no labels to classify by: choose another --dataset")
     for dest in args.typed & OF_THE_DENOISER:  # typed beside --resume
         raise UserError(f"{utils.flag(dest)} means nothing to a classifier: leave it out")
-    held_out, trained_on = utils.hold_out(len(data.images), args.seed)
+    held_out, trained_on = utils.hold_out(len(data.images), args.seed, "a classifier")
     x_0, y = data.images[held_out].float() / 127.5 - 1, data.labels[held_out]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
@@ -539,9 +539,7 @@ def load_classifier(
 ) -> torch.nn.Module:
     """A run of --task classifier; UserError unless its settings `same` and its classes are the model's."""
     if model["config"].get("condition") == "text":
-        raise UserError(
-            "a classifier takes a model of labels; this one was trained on captions: use --guidance cfg"
-        )
+        raise UserError("a classifier takes a model of labels; this one was trained on captions: use cfg")
     classifier, _, checkpoint = ddpm.load_network(path, device, ("classifier",), conditional_network)
     theirs, ours = checkpoint["config"], model["config"]
     for key in same:

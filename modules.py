@@ -353,19 +353,25 @@ class Classifier(Encoder):
 
 
 class PointMLP(nn.Module):
-    """eps_theta for points in the plane, `net(x_t, t) -> out`, (B, 2, 1, 1) and (B,) -> (B, 2, 1, 1)."""
+    """A network for points in the plane, `net(x_t, t) -> out`, (B, 2, 1, 1) and (B,) -> (B, 2, 1, 1).
+
+    It sees sines and cosines of the coordinates beside them, or it would learn only slow changes over the
+    plane (Fourier features, Tancik et al. 2020).
+    """
 
     def __init__(self, width: int = 128):
         super().__init__()
         self.width = width
+        self.register_buffer("frequencies", torch.tensor([0.5, 1.0, 2.0]) * math.pi)
         self.layers = nn.Sequential(
-            *(nn.Linear(2 + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(2 + 2 * 6 + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
             *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
         )
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        h = torch.cat([x.flatten(1), timestep_embedding(t, self.width)], dim=1)  # (B, 2 + width)
-        return self.layers(h).view(x.shape)
+        angles = (x.flatten(1)[:, :, None] * self.frequencies).flatten(1)  # (B, 6)
+        time = timestep_embedding(t, self.width)  # (B, width)
+        return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos(), time], dim=1)).view(x.shape)
 
 
 class EMA:

@@ -791,10 +791,10 @@ class Loader:
             yield x_0, None if self.y is None else self.y[index].to(self.device)
 
 
-def hold_out(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def hold_out(count: int, seed: int, task: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions of a tenth of `count` images, up to 1000, to test on, and of the rest."""
     if count < 2:
-        raise UserError("this task takes two images or more: one of them is kept back to test it")
+        raise UserError(f"{task} takes two images or more, one of them to test it on")
     order = torch.randperm(count, generator=seeded_generator(seed))
     return order.tensor_split([min(1000, math.ceil(count / 10))])
 

@@ -51,13 +51,19 @@ def test_ho_weights_are_their_formula_and_undo_the_vlb(schedule):
     torch.testing.assert_close(found * vlb, torch.ones_like(vlb), rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(("schedule", "last"), [("linear", 1000), ("cosine", 990)])
-def test_the_continuous_weight_is_within_5_percent(schedule, last):
-    # A cosine's last steps have betas near 1, where the discrete and the continuous form must part.
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_continuous_weight_is_within_5_percent(schedule):
     diffusion = Diffusion(1000, schedule)
     ratio = analysis.continuous_weights(diffusion) / analysis.ho_weights(diffusion)  # of t = 1, 2, ...
-    assert (ratio[50:last] - 1).abs().max() < 0.05
-    assert (ratio[:3] - 1).abs().max() > 0.05
+    assert (ratio[50:] - 1).abs().max() < 0.05  # t > 50
+    assert (ratio[:3] - 1).abs().max() > 0.05  # early on a step is no small one
+
+
+def test_the_continuous_weight_is_the_derivative_of_a_smooth_snr():
+    """Of alpha_bar = 1 - t / T (jsd): SNR = T / t - 1, SNR' = -T / t^2, -SNR / SNR' = t (T - t) / T."""
+    T, t = 1000, torch.arange(100, 900, dtype=torch.float64)
+    found = analysis.continuous_weights(Diffusion(T, "jsd"))[99:899]
+    torch.testing.assert_close(found, t * (T - t) / T, rtol=0.02, atol=0)
 
 
 def rows_of(path):
@@ -211,18 +217,21 @@ def test_precision_and_recall_on_constructed_sets():
 
 def test_diversity_saturation_and_nearest_images():
     x = torch.tensor([0.0, 1.0, 0.0, 0.5]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
-    # classes {0, 1}, at distance 1, and {0, 0.5}, at 0.5
-    assert analysis.diversity(x, torch.tensor([7, 7, 3, 3])) == pytest.approx(0.75)
+    # classes {0, 1}, in [0, 1] at distance 0.5, and {0, 0.5}, at 0.25
+    assert analysis.diversity(x, torch.tensor([7, 7, 3, 3])) == pytest.approx(0.375)
     ends = torch.tensor([-1, -0.9999, 0.5, 1]).view(1, 1, 2, 2)
     assert analysis.saturation(ends) == 0.75
     bytes_ = utils.to_uint8(torch.linspace(-1, 1, 4001).view(1, 1, 1, -1))
     share = ((bytes_ == 0) | (bytes_ == 255)).mean()
     assert analysis.saturation(torch.linspace(-1, 1, 4001)[None]) == pytest.approx(share, abs=1e-3)
-    cloud = torch.tensor([0.0, 0.4, 1.0]).view(3, 1, 1, 1).expand(3, 1, 2, 2)
-    distance, index = analysis.nearest_images(x[1:2] - 0.1, cloud)
+    cloud = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)  # 0, 0.2, 1
+    distance, index = analysis.nearest_images(analysis.to_x_0(cloud[2:]) - 0.2, cloud)
     assert distance.item() == pytest.approx(0.1) and index.tolist() == [2]
-    distance, index = analysis.nearest_images(cloud, cloud, skip=1)
-    assert index.tolist() == [1, 0, 1] and distance.tolist() == pytest.approx([0.4, 0.4, 0.6])
+    distance, index = analysis.nearest_images(analysis.to_x_0(cloud), cloud, skip=1)
+    assert index.tolist() == [1, 0, 1] and distance.tolist() == pytest.approx([0.2, 0.2, 0.8])
+    many = torch.randint(0, 256, (9000, 1, 2, 2), dtype=torch.uint8, generator=generator(0))
+    distance, index = analysis.nearest_images(analysis.to_x_0(many[[5, 4500, 8999]]), many)  # in three parts
+    assert torch.equal(many[index], many[[5, 4500, 8999]]) and distance.max() < 1e-3
 
 
 def test_half_life():
@@ -359,8 +368,8 @@ def test_two_noisings_are_their_closed_form():
     for t, one, two in zip(range(1, 41), rows[::2], rows[1::2], strict=True):
         ab = diffusion.alpha_bar[t].item()
         assert one["snr"] == two["snr"] == diffusion.snr[t]
-        assert one["distance"].item() == pytest.approx((2 * (1 - ab)) ** 0.5, rel=0.02)
-        assert two["distance"].item() == pytest.approx((2 * (1 - ab) + ab * apart) ** 0.5, rel=0.02)
+        assert one["pixels"].item() == pytest.approx((2 * (1 - ab)) ** 0.5, rel=0.02)
+        assert two["pixels"].item() == pytest.approx((2 * (1 - ab) + ab * apart) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("other", utils.SCHEDULES)
@@ -534,17 +543,18 @@ def test_evaluate_measures_what_sample_writes(analyse, runs, tmp_path):
     assert rows[0]["label accuracy"] == "" and rows[1]["label accuracy"] != ""
     assert float(rows[2]["frechet"]) < float(rows[0]["frechet"])  # two epochs draw noise
     assert float(rows[2]["precision"]) > float(rows[0]["precision"]) + 0.3
-    result = script_sample(analyse, runs, tmp_path)
+    result = sampled(runs, tmp_path)
     model = analysis.load_model(str(runs / "ddpm_digits"), torch.device("cpu"))
     args = type("Args", (), {"batch_size": 3, "seed": 0})
-    x = analysis.draw(model, 4, ddpm.ddim, 3, args)
+    x = analysis.draw(model, range(4), ddpm.ddim, 3, args)
     assert np.abs(np.subtract(utils.to_uint8(x)[..., 0], result, dtype=int)).max() <= 1
 
 
-def script_sample(analyse, runs, tmp_path):
+def sampled(runs, tmp_path):
+    """What `ddpm.py --sample` writes, (B, H, W) uint8."""
     argv = sys.argv
-    sys.argv = ["ddpm.py", "--sample", "4", "--checkpoint", str(runs / "ddpm_digits"), "--sampler", "ddim",
-                "--sample-steps", "3", "--out", str(tmp_path / "s"), "--device", "cpu"]  # fmt: skip
+    flags = f"--sample 4 --checkpoint {runs / 'ddpm_digits'} --sampler ddim --sample-steps 3 --device cpu"
+    sys.argv = ["ddpm.py", *flags.split(), "--out", str(tmp_path / "s")]
     try:
         ddpm.main()
     finally:
@@ -659,7 +669,10 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
         ("guidance {text} --classifier {classifier_digits}", "captions"),
         ("evaluate {ddpm_digits}", "--task classifier --dataset digits"),
         ("evaluate {ddpm_digits} {text} --classifier {classifier_digits}", "compare runs of the same data"),
-        ("evaluate {ddpm_digits} --classifier {classifier_digits} --samples 500", "ask for fewer"),
+        (
+            "evaluate {ddpm_digits} --classifier {classifier_digits} --samples 500",
+            "takes 1000, and there are 200",
+        ),
         (
             "evaluate {ddpm_digits} --classifier {classifier_digits} --samples 10 --sample-steps 2",
             "at least 17",
@@ -668,6 +681,17 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
         ("losses", "at least one run"),
         ("report", "takes one run"),
         ("score {ddpm_digits} {p2}", "one run at most"),
+        ("score --classifier {classifier_digits}", "name a RUN"),
+        ("samplers {ddpm_digits} --samples 30", "--classifier RUN"),
+        (
+            "samplers {ddpm_digits} --classifier {classifier_digits} --samples 16",
+            "at least 17 samples, not 16",
+        ),
+        ("denoise {ddpm_digits} --image-size 16", "--image-size comes from the run"),
+        ("denoise {ddpm_digits} --schedule cosine", "--schedule comes from the run"),
+        ("noise {ddpm_digits} --image plain.png --images 3", "leave it out beside --image"),
+        ("report nowhere --out o", "no checkpoint nowhere"),
+        ("report {ddpm_digits} --classifier {c16}", "--image-size 16"),
     ],
 )
 def test_errors_are_one_line(analyse, runs, tmp_path, arguments, says):

@@ -104,6 +104,6 @@ def test_it_is_no_diffusion_model_and_says_so(cli):
 
 def test_images_held_out_are_a_tenth_and_at_most_1000():
     for count, few in ((2, 1), (48, 5), (1797, 180), (60000, 1000)):
-        held_out, rest = utils.hold_out(count, seed=0)
+        held_out, rest = utils.hold_out(count, 0, "a test")
         assert len(held_out) == few and sorted([*held_out.tolist(), *rest.tolist()]) == list(range(count))
-    assert not torch.equal(utils.hold_out(48, 0)[0], utils.hold_out(48, 1)[0])
+    assert not torch.equal(utils.hold_out(48, 0, "a test")[0], utils.hold_out(48, 1, "a test")[0])
