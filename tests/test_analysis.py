@@ -596,28 +596,30 @@ def test_denoise_without_a_run_and_of_a_denoiser_alone(analyse, runs, tmp_path):
 
 
 def test_report_has_a_page_for_each_study(analyse, runs, tmp_path, monkeypatch):
-    called = []
-
-    original = analysis.parse
-    flags = {
-        study: [part for part in STUDIES.get(study, "--noise-steps 20").split() if not (runs / part).is_dir()]
-        for study in analysis.STUDIES
+    asked, original = {}, analysis.parse
+    few = {
+        name: [part for part in STUDIES.get(name, "").split() if not (runs / part).is_dir()]
+        for name in analysis.STUDIES
     }
 
-    def parse(argv=None):
+    def parse(argv=None):  # each study with the flags that make it quick
         if argv is None:
             return original()
-        called.append(argv[0])
-        return original([*argv, *flags[argv[0]]])
+        asked[argv[0]] = " ".join(argv)
+        return original([*argv, *few[argv[0]]])
 
     monkeypatch.setattr(analysis, "parse", parse)
     classifier = ["--classifier", runs / "classifier_digits"]
     result = analyse("report", runs / "ddpm_conditional_digits", *classifier, "--out", "o")
     assert result.code == 0, result.err
-    assert called == [name for name in analysis.STUDIES if name != "report"]
+    assert list(asked) == [name for name in analysis.STUDIES if name != "report"]
+    assert (
+        "--dataset digits" in asked["forward"] and "--image-size 8" in asked["forward"]
+    )  # the run's, not ours
+    assert all("--noise-steps 20" in asked[name] for name in ("schedules", "forward", "weights"))
     pdf = (tmp_path / "o/report.pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == len(called)
-    for study in called:
+    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == len(asked)
+    for study in asked:
         assert (tmp_path / f"o/{study}.png").is_file() and (tmp_path / f"o/{study}.csv").is_file()
 
 
@@ -708,3 +710,48 @@ def test_a_data_set_that_moved_is_told(analyse, runs):
     state["config"]["dataset"], state["config"]["data_root"] = "folder", "gone"
     torch.save(state, "ckpt.pt")
     assert "--data-root" in error_line(analyse("losses", "ckpt.pt"))
+
+
+def test_a_judge_that_knows_other_noise_judges_but_does_not_guide(analyse, runs, tmp_path):
+    state = torch.load(runs / "classifier_digits/ckpt.pt", weights_only=True)
+    state["config"]["schedule"] = "linear"
+    torch.save(state, "linear.pt")
+    flags = ["--per-label", 3, "--guidance-scale", "1", "--sample-steps", 2, "--out", "o"]
+    result = analyse("guidance", runs / "ddpm_conditional_digits", "--classifier", "linear.pt", *flags)
+    assert result.code == 0 and "no classifier guidance" in result.err and "--schedule linear" in result.err
+    assert [row["guidance"] for row in rows_of(tmp_path / "o/guidance.csv")] == ["cfg", "real images"]
+    told = error_line(
+        analyse(
+            "guidance", runs / "ddpm_conditional_digits", "--guide", "linear.pt", *flags, "--per-label", 2
+        )
+    )
+    assert "--schedule linear" in told
+
+
+def test_few_images_of_each_label_leave_the_frechet_distance_out(analyse, runs, tmp_path):
+    flags = "ddpm_conditional_digits --labels 3,7 --per-label 2 --guidance-scale 1 --sample-steps 2"
+    result = run_study(analyse, runs, "guidance", flags, "--out", "o")
+    assert result.code == 0 and "takes more than 16 images" in result.out, result.err
+    rows = rows_of(tmp_path / "o/guidance.csv")
+    assert "frechet" not in rows[0] and rows[0]["accuracy"] != ""
+    assert {row["n"] for row in rows} == {"4"}
+
+
+def test_a_conditional_model_is_told_nothing_and_the_user_is_told_so(analyse, runs):
+    result = analyse("losses", runs / "ddpm_conditional_digits", "--images", 4, "--out", "o")
+    assert result.code == 0 and "the null condition" in result.err
+    assert "the null condition" not in analyse("losses", runs / "p2", "--images", 4, "--out", "o").err
+
+
+def test_nothing_is_kept_of_a_band_that_the_image_has_nothing_in():
+    wave = (2 * math.pi / 16 * torch.arange(32.0)).cos().expand(1, 1, 32, 32)
+    low, middle, high = analysis.kept_bands(wave + 0.1 * images(1, 1, 32, 32), wave)
+    assert low == pytest.approx(1, abs=0.05) and middle.isnan() and high.isnan()
+
+
+def test_levels_are_times_of_the_run_and_defaults_are_scaled():
+    assert analysis.chosen_levels(None, (250, 500, 750), 1000) == [750, 500, 250]
+    assert analysis.chosen_levels(None, (250, 500, 750), 20) == [15, 10, 5]
+    assert analysis.chosen_levels([3, 9, 3], (250,), 20) == [9, 3]
+    with pytest.raises(utils.UserError, match="from 1 to 20"):
+        analysis.chosen_levels([21], (250,), 20)
