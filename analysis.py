@@ -984,7 +984,7 @@ def noise_chart(rows: Sequence[Row], far: Sequence[Row]) -> Chart:
     panels = [(key, key, curves(rows, "reconstruction", "snr", key)) for key in measures]
     panels.append(("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels")))
     panels.append(("the same to the classifier", "rms per feature", curves(far, "of", "snr", "features")))
-    return Chart([Panel(title, "SNR", y, lines, "x", stages=True) for title, y, lines in panels])
+    return Chart([Panel(title, "SNR", y, lines, "x", stages=True) for title, y, lines in panels], 4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1844,7 +1844,7 @@ def make_parser() -> argparse.ArgumentParser:
         add = sub.add_argument
         if study.most:
             add("runs", nargs="*", metavar="RUN", help="a run's folder, or its ckpt.pt")
-            add("--checkpoint", action="append", default=[], metavar="RUN", help="the same, as a flag")
+            add("--checkpoint", action="append", metavar="RUN", help="the same, as a flag")
         study.add_flags(add)
         add(
             "--data-root",
@@ -1862,7 +1862,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = make_parser().parse_args(argv)
     study = STUDIES[args.study]
     if study.most:
-        args.runs = [*args.runs, *args.checkpoint]
+        args.runs = [*args.runs, *(args.checkpoint or [])]
         if not study.least <= len(args.runs) <= study.most:
             wanted = {(1, 1): "one run", (0, 1): "one run at most", (0, 2): "two runs at most"}
             takes = wanted.get((study.least, study.most), "at least one run")
