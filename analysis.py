@@ -318,10 +318,13 @@ def quality(features: Tensor, real: Tensor) -> Row:
     return {"frechet": frechet_distance(features, real), "precision": precision, "recall": recall}
 
 
-def diversity(x: Tensor, y: Tensor) -> float:
-    """Mean distance between two images of one class, rms per pixel of [0, 1]; x (B, C, H, W), y (B,)."""
+def diversity(x: Tensor, y: Tensor) -> float | None:
+    """Mean distance between two images of one class, rms per pixel of [0, 1]; x (B, C, H, W), y (B,).
+
+    None where no class has two.
+    """
     distances = torch.cat([torch.pdist(x[y == k].flatten(1) / 2) for k in y.unique()])
-    return (distances / x[0].numel() ** 0.5).mean().item()
+    return (distances / x[0].numel() ** 0.5).mean().item() if len(distances) else None
 
 
 def saturation(x: Tensor) -> float:
@@ -490,6 +493,10 @@ def reference_of_labels(data: utils.Data, judge: Judge, asked: Tensor, seed: int
     order = torch.randperm(len(data.images), generator=utils.seeded_generator(seed))
     order = order[torch.isin(data.labels[order], asked)]
     first, second = order.tensor_split([len(order) // 2])
+    if len(order) < 4:
+        raise UserError(
+            f"of the labels asked for there are {len(order)} real images: ask for others, or more"
+        )
     second = [second[data.labels[second] == k][: (asked == k).sum()] for k in asked.unique()]
     return split_reference(data, judge, first, torch.cat(second), len(asked))
 
@@ -1249,7 +1256,7 @@ def guidance(args: argparse.Namespace) -> Result:
         notes.append(
             f"no Frechet distance: it takes more than {judge.dim} images on either side (--per-label)"
         )
-    if judge and not args.guide:
+    if judge and "classifier" in denoisers and not args.guide:
         notes.append("the classifier that guides is also the judge, which flatters it: see --guide RUN")
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 

@@ -755,3 +755,17 @@ def test_levels_are_times_of_the_run_and_defaults_are_scaled():
     assert analysis.chosen_levels([3, 9, 3], (250,), 20) == [9, 3]
     with pytest.raises(utils.UserError, match="from 1 to 20"):
         analysis.chosen_levels([21], (250,), 20)
+
+
+def test_a_real_face_at_256_needs_no_network(analyse, data_root, tmp_path):
+    face = utils.image_files(data_root / "faces", recursive=True)[0]
+    flags = ["--image", face, "--image-size", 256, "--out", "o"]
+    assert analyse("forward", *flags, "--schedules", "linear,cosine", "--noise-steps", 40).code == 0
+    assert Image.open(tmp_path / "o/forward.png").width > 7 * 256
+    assert analyse("denoise", *flags, "--levels", "250,500").code == 0
+    rows = {(r["noise"], r["denoised by"]): r for r in rows_of(tmp_path / "o/denoise.csv")}
+    for t in ("t = 250", "t = 500"):  # a blur gains much on a photograph
+        assert float(rows[t, "best blur"]["psnr"]) > float(rows[t, "noisy"]["psnr"]) + 10
+    assert float(rows["t = 500", "best blur"]["kernel sigma"]) > float(
+        rows["t = 250", "best blur"]["kernel sigma"]
+    )
