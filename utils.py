@@ -880,8 +880,8 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
     if checkpoint["kind"] not in kinds:
-        needed = " or ".join(f"a {kind!r}" for kind in kinds)
-        raise UserError(f"{path} is a checkpoint of kind {checkpoint['kind']!r}; {needed} one is needed here")
+        needed = " or ".join([f"a {kinds[0]!r} one is needed here", *map(repr, kinds[1:])])
+        raise UserError(f"{path} is a checkpoint of kind {checkpoint['kind']!r}; {needed}")
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
     if missing or not isinstance(checkpoint["config"], dict):
         raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
