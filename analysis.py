@@ -113,6 +113,10 @@ def draw_chart(chart: Chart) -> Image.Image:
 def draw_panel(ax, panel: Panel) -> None:
     """Draw a panel on matplotlib's axes."""
     for name, columns in panel.curves.items():
+        if panel.stages:  # a cosine's last steps would squeeze all the others: they are left to the table
+            columns = (
+                tuple(zip(*(p for p in zip(*columns, strict=True) if p[0] > 1e-4), strict=True)) or columns
+            )
         if panel.kind == "arrows":
             ax.quiver(*columns, angles="xy", width=0.004, color="gray")
         elif panel.kind == "points":
@@ -126,9 +130,7 @@ def draw_panel(ax, panel: Panel) -> None:
     ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     ax.grid(alpha=0.3)
     if panel.stages:
-        # a cosine's last steps would squeeze all the others: what lies below 1e-4 is left to the table
-        high = max(ax.get_xlim())
-        low = max(min(1e-4, high / 10), min(ax.get_xlim()))
+        low, high = sorted(ax.get_xlim())
         for (name, (start, end)), shade in zip(STAGES.items(), ("0.78", "0.88", "0.97"), strict=True):
             left, right = max(low, start), min(high, end)
             if left < right:
