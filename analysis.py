@@ -509,9 +509,9 @@ def split_reference(data: utils.Data, judge: Judge, first: Tensor, second: Tenso
     return Reference(real, features, floor, judge.features(floor), data.labels[second[:n]])
 
 
-def samples_for(judge: Judge | None, asked: int | None) -> int:
-    """How many samples to measure quality on: --samples, or enough for the classifier's features."""
-    return asked or max(128, judge.dim * 5 // 4 if judge else 0)
+def samples_for(judge: Judge, asked: int | None, data: utils.Data) -> int:
+    """How many samples to measure quality on: --samples, or enough for the features, if the data are."""
+    return asked or min(max(128, judge.dim * 5 // 4), len(data.images) // 2)
 
 
 def read_images(files: Sequence[str], size: int, channels: int) -> Tensor:
@@ -1115,9 +1115,11 @@ def samplers(args: argparse.Namespace) -> Result:
     model = load_model(args.run, args.device)
     T, trained, judge = model.diffusion.T, model.config["schedule"], load_judge(args.classifier, model)
     without_condition(model)
-    n, few, reference = samples_for(judge, args.samples), 8, None  # the few are compared one by one
+    few = 8  # images that are compared one by one
     if judge:
-        reference = make_reference(labelled_data(args, model.config), judge, n, args.seed)
+        data = labelled_data(args, model.config)
+        n = samples_for(judge, args.samples, data)
+        reference = make_reference(data, judge, n, args.seed)
     elif args.samples or args.full:
         raise UserError("--samples and --full are of the quality, which takes --classifier RUN: add it")
     # Start
@@ -1469,8 +1471,11 @@ def score(args: argparse.Namespace) -> Result:
     )
     if model:
         without_condition(model)
-        n = samples_for(judge, args.samples) if judge else 16
-        reference = make_reference(labelled_data(args, model.config), judge, n, args.seed) if judge else None
+        n = 16
+        if judge:
+            real = labelled_data(args, model.config)
+            n = samples_for(judge, args.samples, real)
+            reference = make_reference(real, judge, n, args.seed)
         for way, sampler in ways.items():
             steps, evaluations = effort(way, model.diffusion.T)
             x = draw(model, range(n), named(sampler, way), steps, args, per_step=evaluations // steps)

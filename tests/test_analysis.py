@@ -743,6 +743,15 @@ def test_a_conditional_model_is_told_nothing_and_the_user_is_told_so(analyse, ru
     assert "the null condition" not in analyse("losses", runs / "p2", "--images", 4, "--out", "o").err
 
 
+@pytest.mark.parametrize("study", ["samplers", "score"])
+def test_quality_is_measured_on_what_a_small_data_set_allows(analyse, runs, study, tmp_path):
+    """200 images: 128 samples would take 256; 100 are drawn."""
+    flags = " ".join(part for part in STUDIES[study].split() if part not in ("--samples", "30"))
+    result = run_study(analyse, runs, study, flags, "--out", "o")
+    assert result.code == 0, result.err
+    assert {row["n"] for row in rows_of(tmp_path / f"o/{study}.csv")} - {"1000", ""} == {"100"}
+
+
 def test_nothing_is_kept_of_a_band_that_the_image_has_nothing_in():
     wave = (2 * math.pi / 16 * torch.arange(32.0)).cos().expand(1, 1, 32, 32)
     low, middle, high = analysis.kept_bands(wave + 0.1 * images(1, 1, 32, 32), wave)
