@@ -817,8 +817,8 @@ class Task:
     images: Tensor  # (N, C, H, W) uint8
     y: Tensor | None = None  # (N, ...) labels, or captions as tokens
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
-    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done,
-    used_by: str | None = None  # of this script, or of another
+    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
+    used_by: str | None = None  # the script that they are flags of, if not the one that trains
 
 
 def unconditional(
@@ -882,8 +882,8 @@ def denoising(args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, 
             pictures.append(torch.stack([z[:shown], x[:shown]], 1).flatten(0, 1))  # (2 shown, C, H, W)
         utils.log_levels(path.parent.parent / "psnr.csv", ("sigma", "noisy", "denoised"), epoch, levels)
         tqdm.write(f"epoch {epoch}: PSNR " + ", ".join(f"{x} dB at sigma {at}" for at, _, x in levels))
-        caption = f"{args.dataset}, trained at sigma {args.sigma:g}, epoch {epoch}"
-        heads = [f"sigma {sigma}: {dB} dB" for sigma, _, dB in levels]
+        caption = f"{args.dataset}, trained at sigma {args.sigma:g}, epoch {epoch}; sigma: PSNR in dB"
+        heads = [f"{sigma}: {dB}" for sigma, _, dB in levels]
         x = torch.stack(pictures, 1).flatten(0, 1)
         rows = ["noisy", "denoised"] * shown
         utils.save_picture(utils.make_grid(x, caption, len(SIGMAS), rows, heads), path)

@@ -1000,11 +1000,11 @@ def font() -> ImageFont.ImageFont:
     return ImageFont.load_default()
 
 
-def wrap(text: str, width: int, type: ImageFont.ImageFont | None = None) -> list[str]:
+def wrap(text: str, width: int, face: ImageFont.ImageFont | None = None) -> list[str]:
     """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
-    lines, type = [], type or font()
+    lines, face = [], face or font()
     for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
-        if lines and type.getlength(f"{lines[-1]} {word}") <= width:
+        if lines and face.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
