@@ -39,7 +39,7 @@ import ddpm_conditional
 import utils
 from ddpm import SAMPLERS, Denoiser, Diffusion, Generators, clip_x_0, psnr, randn_like
 from modules import PointMLP, UNet
-from utils import SCHEDULES, UserError, real, whole
+from utils import SCHEDULES, UserError, real, to_x_0, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # What a study gives: a figure made of grids and charts, and a table.
@@ -455,11 +455,6 @@ def labelled_data(args: argparse.Namespace, config: dict) -> utils.Data:
     return data
 
 
-def to_x_0(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) -> [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
 @dataclass
 class Reference:
     """Real images to compare samples with: one half of them, and from the other as many as samples."""
@@ -541,7 +536,7 @@ def chosen_images(args: argparse.Namespace, count: int, config: dict | None = No
     given = {dest for dest in ("dataset", "image_size") if getattr(args, dest, None)}
     if config and given:
         raise UserError(f"{utils.flag(given.pop())} comes from the run: leave it out")
-    if args.image:
+    if getattr(args, "image", None):
         if getattr(args, "images", None):
             raise UserError("--images counts images of the data set: leave it out beside --image")
         known = config or {"image_size": args.image_size or 64, "channels": 3}
@@ -617,7 +612,8 @@ def draw(
     """
     diffusion, done = diffusion or model.diffusion, []
     shape = (model.config["channels"], model.config["image_size"], model.config["image_size"])
-    with progress(f"{sampler.__name__}, {steps} steps", len(numbers) * steps * per_step) as bar:
+    name = getattr(sampler, "func", sampler).__name__  # of a partial, the function's
+    with progress(f"{name}, {steps} steps", len(numbers) * steps * per_step) as bar:
         for batch in torch.tensor(numbers).split(args.batch_size):
             x_T, generators = numbered_noise(batch.tolist(), shape, args.seed)
             eps_theta = denoiser_of(batch) if denoiser_of else model.eps_theta()
@@ -1150,8 +1146,8 @@ def samplers(args: argparse.Namespace) -> Result:
     # End
     own = [row for row in rows if row["schedule"] == trained]
     if judge:
-        real = quality(reference.floor_features, reference.features)
-        rows.append({"sampler": "real images", "n": n, **real})
+        floor = quality(reference.floor_features, reference.features)
+        rows.append({"sampler": "real images", "n": n, **floor})
     heads = [f"{steps} steps" for steps in counts]
     cells = [pictures[sampler, trained, steps] for sampler in args.samplers for steps in counts]
     caption = f"{model.path}: two starting noises, the same for all"
@@ -1350,10 +1346,7 @@ def losses(args: argparse.Namespace) -> Result:
     """The error at each noise level, of every run on the same images and noise, and training curves."""
     models = [load_model(run, args.device) for run in args.runs]
     same_data(models)
-    images = real_data(args, models[0].config).images
-    x_0 = to_x_0(
-        images[torch.randperm(len(images), generator=utils.seeded_generator(args.seed))[: args.images]]
-    )
+    x_0 = chosen_images(args, args.images, models[0].config)
     # Start
     rows, errors, training = [], [], []
     for model in models:
@@ -1473,12 +1466,12 @@ def score(args: argparse.Namespace) -> Result:
         without_condition(model)
         n = 16
         if judge:
-            real = labelled_data(args, model.config)
-            n = samples_for(judge, args.samples, real)
-            reference = make_reference(real, judge, n, args.seed)
+            images = labelled_data(args, model.config)
+            n = samples_for(judge, args.samples, images)
+            reference = make_reference(images, judge, n, args.seed)
         for way, sampler in ways.items():
             steps, evaluations = effort(way, model.diffusion.T)
-            x = draw(model, range(n), named(sampler, way), steps, args, per_step=evaluations // steps)
+            x = draw(model, range(n), sampler, steps, args, per_step=evaluations // steps)
             row = {"data": model.path, "sampler": way, "evaluations": evaluations, "n": n}
             rows.append(row | (quality(judge.features(x), reference.features) if judge else {}))
             grids.append(utils.make_grid(x[:16], f"{way}, {evaluations} evaluations", 8))
@@ -1492,13 +1485,6 @@ def score(args: argparse.Namespace) -> Result:
     ]
     figure = [Chart([*panels, *score_fields(diffusion, eps_theta)]), *pairs(grids)]
     return Result(figure, rows, model.folder if model else Result.folder)
-
-
-def named(sampler: Callable, name: str) -> Callable:
-    """The sampler under a name for its progress bar."""
-    wrapped = partial(sampler)
-    wrapped.__name__ = name
-    return wrapped
 
 
 def score_fields(diffusion: Diffusion, eps_theta: Denoiser) -> list[Panel]:

@@ -866,7 +866,7 @@ def denoising(args: argparse.Namespace, data: utils.Data, diffusion: Diffusion, 
     for dest in args.typed & OF_DIFFUSION:  # typed beside --resume
         raise UserError(f"{flag(dest)} means nothing to a single-step denoiser: leave it out")
     held_out, trained_on = utils.hold_out(len(data.images), args.seed, "a denoiser")
-    x_0 = data.images[held_out].float() / 127.5 - 1
+    x_0 = utils.to_x_0(data.images[held_out])
     shown = min(3, len(x_0))
 
     @torch.no_grad()

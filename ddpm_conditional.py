@@ -368,7 +368,7 @@ def classification(
     for dest in args.typed & OF_THE_DENOISER:  # typed beside --resume
         raise UserError(f"{utils.flag(dest)} means nothing to a classifier: leave it out")
     held_out, trained_on = utils.hold_out(len(data.images), args.seed, "a classifier")
-    x_0, y = data.images[held_out].float() / 127.5 - 1, data.labels[held_out]
+    x_0, y = utils.to_x_0(data.images[held_out]), data.labels[held_out]
 
     def preview(net: torch.nn.Module, epoch: int, path: Path) -> None:
         columns = min(10, len(x_0))

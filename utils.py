@@ -785,7 +785,7 @@ class Loader:
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
         for i in range(start, len(self)):
             index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            x_0 = self.images[index].to(self.device).float() / 127.5 - 1
+            x_0 = to_x_0(self.images[index].to(self.device))
             if self.flip:
                 x_0 = torch.where(mirrored[index, None, None, None].to(self.device), x_0.flip(-1), x_0)
             yield x_0, None if self.y is None else self.y[index].to(self.device)
@@ -929,6 +929,11 @@ def log_levels(path: Path, columns: Sequence[str], epoch: int, levels: Sequence[
     rows = [("epoch", *columns), *earlier, *((epoch, *level) for level in levels)]
     with replacing(path) as file:
         file.write("".join(f"{','.join(map(str, row))}\n" for row in rows).encode())
+
+
+def to_x_0(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images (B, C, H, W) -> [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
