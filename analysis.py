@@ -38,7 +38,7 @@ import ddpm
 import ddpm_conditional
 import utils
 from ddpm import SAMPLERS, Denoiser, Diffusion, Generators, clip_x_0, psnr, randn_like
-from modules import PointMLP, UNet
+from modules import PointMLP
 from utils import SCHEDULES, UserError, real, to_x_0, whole
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,21 +361,17 @@ class Model:
     path: str
     net: torch.nn.Module
     diffusion: Diffusion
-    checkpoint: dict
+    config: dict
     device: torch.device
 
     @property
-    def config(self) -> dict:
-        return self.checkpoint["config"]
-
-    @property
     def folder(self) -> Path:
-        return utils.checkpoint_file(self.path).parent
+        return utils.run_folder(self.path)
 
     @property
     def classes(self) -> int | None:
         """How many labels it can be asked for; None if it can't be asked for labels."""
-        return len(self.checkpoint["class_names"]) if self.config.get("condition") == "label" else None
+        return len(self.config["class_names"]) if self.config.get("condition") == "label" else None
 
     def eps_theta(self) -> Denoiser:
         """The denoiser, its x_0 clipped; a conditional network is told the null condition."""
@@ -389,18 +385,13 @@ class Model:
 
 def without_condition(model: Model) -> None:
     """A note that a conditional model is studied as it is without its condition."""
-    if model.checkpoint["kind"] == "ddpm_conditional":
+    if model.config["kind"] == "ddpm_conditional":
         never = " (which it never learned)" if model.config.get("p_uncond") == 0 else ""
         utils.note(f"{model.path} is conditional: here it is told nothing, the null condition{never}")
 
 
-def network_of(checkpoint: dict) -> Callable[..., torch.nn.Module]:
-    """The class of network that a checkpoint of any script holds."""
-    return UNet if checkpoint["kind"] == "denoiser" else ddpm_conditional.conditional_network(checkpoint)
-
-
 def load_model(path: str, device: torch.device, kinds: Sequence[str] = ("ddpm", "ddpm_conditional")) -> Model:
-    return Model(path, *ddpm.load_network(path, device, kinds, network_of), device)
+    return Model(path, *ddpm.load_network(path, device, kinds), device)
 
 
 @dataclass
@@ -435,11 +426,13 @@ def load_judge(path: str | None, model: Model) -> Judge | None:
     if path is None:
         return None
     same = ddpm_conditional.SAME_DATA
-    return Judge(ddpm_conditional.load_classifier(path, model.checkpoint, model.device, same), model.device)
+    return Judge(ddpm_conditional.load_classifier(path, model.config, model.device, same), model.device)
 
 
 def real_data(args: argparse.Namespace, config: dict) -> utils.Data:
-    """The images that a run was trained on."""
+    """The images that a run was trained on; UserError where nobody says which they are."""
+    if config["dataset"] is None:
+        raise UserError(f"{config['name']} does not say what it was trained on: give it images with --image")
     choice = {key: config[key] for key in ("image_size", "channels", "limit")}
     root = args.data_root or config["data_root"]
     return utils.get_data(config["dataset"], root, "train", **choice, cache_dir=args.cache_dir)
@@ -1011,8 +1004,8 @@ def best_blur(x: Tensor, x_0: Tensor) -> tuple[Tensor, int, float]:
 def denoise(args: argparse.Namespace) -> Result:
     """Blur, one step and many steps of a network, and a denoiser of one noise level (CS180, A 1 and B 1)."""
     models = [load_model(run, args.device, ("ddpm", "ddpm_conditional", "denoiser")) for run in args.runs]
-    denoisers = [model for model in models if model.checkpoint["kind"] == "denoiser"]
-    models = [model for model in models if model.checkpoint["kind"] != "denoiser"]
+    denoisers = [model for model in models if model.config["kind"] == "denoiser"]
+    models = [model for model in models if model.config["kind"] != "denoiser"]
     if len(denoisers) > 1 or len(models) > 1:
         raise UserError("denoise takes a diffusion run, a run of --task denoiser, or one of each")
     first = next(iter(models + denoisers), None)
@@ -1174,11 +1167,11 @@ def samplers(args: argparse.Namespace) -> Result:
 def guides(args: argparse.Namespace, model: Model) -> dict[str, Callable[[Tensor, float], Denoiser]]:
     """What can guide the model: name -> (y (B, ...), scale) -> denoiser."""
     found: dict[str, Callable] = {}
-    if model.checkpoint["kind"] == "ddpm_conditional":
+    if model.config["kind"] == "ddpm_conditional":
         found["cfg"] = model.guided
     if path := args.guide or args.classifier:
         try:
-            classifier = ddpm_conditional.load_classifier(path, model.checkpoint, model.device)
+            classifier = ddpm_conditional.load_classifier(path, model.config, model.device)
         except UserError as error:  # a judge need not know the model's noise; a guide must
             if args.guide or not found:
                 raise
@@ -1207,7 +1200,7 @@ def guidance(args: argparse.Namespace) -> Result:
     if "cfg" in denoisers:
         ddpm_conditional.fill_guidance_scale(args, model.config["p_uncond"])  # a note, where it is no use
     args.checkpoint = args.run  # which `conditions` names in its errors
-    names, y = ddpm_conditional.conditions(args, model.checkpoint)
+    names, y = ddpm_conditional.conditions(args, model.config)
     if not (args.labels or args.prompt) and len(names) > 10:  # ten of many, evenly spaced
         few = torch.linspace(0, len(names) - 1, 10).round().long()
         names, y = [names[k] for k in few], y[few]
@@ -1275,7 +1268,7 @@ def same_data(models: Sequence[Model]) -> None:
                     f"{model.path} was trained with {utils.flag(key)} {ours}, {models[0].path} {theirs}: "
                     "compare runs of the same data"
                 )
-        if model.checkpoint["class_names"] != models[0].checkpoint["class_names"]:
+        if model.config["class_names"] != models[0].config["class_names"]:
             raise UserError(
                 f"{model.path} and {models[0].path} know other classes: compare runs of the same data"
             )
@@ -1314,7 +1307,7 @@ def evaluate(args: argparse.Namespace) -> Result:
             asked = lambda i, m=model, y=labels, s=scale: m.guided(y[i], s)  # noqa: E731
             x = draw(model, range(n), SAMPLERS[sampler], steps, args, asked if model.classes else None)
             nearest, index = nearest_images(x, reference.real)
-            row: Row = {"run": model.path, "scale": scale, "epoch": model.checkpoint["epoch"]}
+            row: Row = {"run": model.path, "scale": scale, "epoch": model.config["epoch"]}
             row |= {"sampled by": f"{sampler} {steps}"}
             rows.append(row | measured(x, judge.features(x), labels, nearest))
             pictures += [x[:10], to_x_0(reference.real[index[:10]])]

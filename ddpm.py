@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from modules import EMA, UNet
+from modules import EMA, END, Classifier, ConditionalUNet, PublishedUNet, TextUNet, UNet
 from utils import SCHEDULES, Loader, Stopped, UserError, flag, real, whole
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t (B, C, H, W), t (B,)) -> eps (B, C, H, W)
@@ -720,10 +720,25 @@ def fill_data_defaults(args: argparse.Namespace, data: utils.Data) -> None:
 NETWORK_SETTINGS = ("channels", "width", "multipliers", "blocks", "attention", "dropout")
 
 
-def make_net(config: dict, network: Callable[..., torch.nn.Module] = UNet) -> torch.nn.Module:
-    """The network of that class that a run's settings describe; UserError if they make none."""
+def network_class(config: dict) -> Callable[..., torch.nn.Module]:
+    """The class of network that a run of any kind trains, told what it has to know besides the settings."""
+    kind = config.get("kind")
+    if kind == "published":
+        return partial(PublishedUNet, config["norm_groups"], config["norm_eps"])
+    if kind == "classifier":
+        return partial(Classifier, len(config["class_names"]))
+    if kind == "ddpm_conditional" and config["condition"] == "text":
+        words, max_tokens = config["vocabulary"]["words"], config["vocabulary"]["max_tokens"]
+        return partial(TextUNet, END + 1 + len(words), max_tokens)
+    if kind == "ddpm_conditional":
+        return partial(ConditionalUNet, len(config["class_names"]))
+    return UNet
+
+
+def make_net(config: dict) -> torch.nn.Module:
+    """The network that a run's settings describe; UserError if they make none."""
     try:
-        return network(**{key: config[key] for key in NETWORK_SETTINGS})
+        return network_class(config)(**{key: config[key] for key in NETWORK_SETTINGS})
     except ValueError as error:
         raise UserError(f"no network can be made of these settings: {error}") from None
 
@@ -748,24 +763,59 @@ def make_diffusion(config: dict) -> Diffusion:
         raise UserError(f"these settings make no diffusion process: {error}") from None
 
 
-def load_network(
-    path: str,
-    device: torch.device,
-    kinds: Sequence[str] = ("ddpm",),
-    network: Callable[[dict], Callable[..., torch.nn.Module]] = lambda checkpoint: UNet,
-) -> tuple[torch.nn.Module, Diffusion, dict]:
-    """The averaged network of a run, its diffusion and its checkpoint; UserError where they don't fit.
+ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples")  # what a checkpoint says beside settings
 
-    `network` tells the network's class from the checkpoint.
+
+def load_network(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    kinds: Sequence[str] = ("ddpm", "ddpm_conditional"),
+) -> tuple[torch.nn.Module, Diffusion, dict]:
+    """The network of a run, with its averaged weights, or of published ones; -> net, diffusion, config.
+
+    Either is called as `net(x_t, t, y=None)` with t in 1..T. `path` is a run's folder or its ckpt.pt, or the
+    folder or the weights file of a published DDPM (utils.load_published). `config` holds the settings and
+    what the checkpoint says besides: "kind", "epoch", "class_names", ... UserError where it is no checkpoint
+    of these kinds (a published one is of kind "ddpm"), or does not hold what its settings describe.
     """
-    checkpoint = utils.load_checkpoint(path, *kinds)
+    file = utils.published_file(path)
+    if file and "ddpm" not in kinds:
+        what = f"{path} holds the published weights of an unconditional model"
+        raise UserError(f"{what}: a run of kind {kinds[0]!r} is needed here")
+    if file:
+        config, weights = utils.load_published(file)
+    else:
+        checkpoint = utils.load_checkpoint(path, *kinds)
+        config = {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}
+        weights = {key: (key, value) for key, value in checkpoint["ema"].items()}
     try:
-        net = make_net(checkpoint["config"], network(checkpoint))
-        net.load_state_dict(checkpoint["ema"])
-        return place(net, device).eval(), make_diffusion(checkpoint["config"]), checkpoint
-    except (KeyError, RuntimeError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
+        net = make_net(config)
+        fill(net, weights)
+        return place(net, torch.device(device)).eval(), make_diffusion(config), config
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold the network that its settings describe: {error}") from None
+
+
+def fill(net: torch.nn.Module, weights: dict[str, tuple[str, Tensor]]) -> None:
+    """Give a network its weights, {key: (name in the file, value)}; ValueError names what does not fit."""
+    wanted = net.state_dict()
+    wrong = [f"{key} is not there" for key in wanted if key not in weights]
+    for key, (name, value) in weights.items():
+        if key not in wanted:
+            wrong.append(f"{name} has no place")
+        elif value.shape != wanted[key].shape:
+            wrong.append(f"{name} is {tuple(value.shape)}, not {tuple(wanted[key].shape)}")
+    if wrong:
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError("; ".join(wrong[:3]) + more)
+    net.load_state_dict({key: value for key, (_, value) in weights.items()})
+
+
+def model_name(config: dict) -> str:
+    """Whose samples they are, for a caption."""
+    if config["kind"] == "published":
+        return f"{config['name']}, published weights"
+    return f"{config['dataset']}, epoch {config['epoch']}"
 
 
 def use_bf16(precision: str, device: torch.device, width: int) -> bool:
@@ -1066,18 +1116,17 @@ def watched(eps_theta: Denoiser, bar: tqdm, frames: list[Tensor] | None, every: 
 def run_sampling(args: argparse.Namespace) -> None:
     """Draw --sample images from the averaged weights of --checkpoint, into a grid and what is asked for."""
     device = utils.get_device(args.device)
-    net, diffusion, checkpoint = load_network(args.checkpoint, device)
-    config = checkpoint["config"]
+    net, diffusion, config = load_network(args.checkpoint, device, ("ddpm",))
     fill_sampler(args, config)
     fill_sample_steps(args, diffusion.T)
-    samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
+    samples = utils.run_folder(args.checkpoint) / "samples"
     prepare_folders(samples, args.out)
     eps_theta = diffusion.denoiser(net)
     numbers = range(args.sample)
     shown, frames = draw_images(diffusion, lambda batch: eps_theta, numbers, args, config, device)
 
     made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
-    caption = f"{config['dataset']}, epoch {checkpoint['epoch']}, {made_by}"
+    caption = f"{model_name(config)}, {made_by}"
     name = samples / f"{args.sampler}_{args.sample_steps}_seed{args.seed}.png"
     save_grids(utils.make_grid(shown, caption), [utils.make_grid(x, caption) for x in frames], name)
     if args.out:

@@ -19,7 +19,6 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import ddpm
 import utils
 from ddpm import Denoiser, Diffusion, Generators, Task
-from modules import END, PAD, Classifier, ConditionalUNet, TextUNet, UNet
+from modules import END, PAD
 from utils import UserError, real, whole
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,17 +211,17 @@ def find_label(text: str, class_names: Sequence[str]) -> int:
     raise UserError(f"{text!r} is no class of the model; the nearest: {known} (or give its number)")
 
 
-def conditions(args: argparse.Namespace, checkpoint: dict) -> tuple[list[str], Tensor]:
+def conditions(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor]:
     """What --labels or --prompt asks a model for, R names and y (R, ...); UserError if it can't be asked so.
 
     Without them: every class, or the captions that the model's previews showed.
     """
-    if checkpoint["config"].get("condition") == "text":
+    if config.get("condition") == "text":
         if args.labels:
             raise UserError("--labels: this model was trained on captions: ask it with --prompt")
-        prompts = args.prompt or checkpoint["examples"]
-        return prompts, Vocabulary(**checkpoint["vocabulary"]).encode(prompts)
-    names = checkpoint["class_names"]
+        prompts = args.prompt or config["examples"]
+        return prompts, Vocabulary(**config["vocabulary"]).encode(prompts)
+    names = config["class_names"]
     if names is None:
         raise UserError(
             f"{args.checkpoint} was trained on images without labels: there is nothing to ask it for"
@@ -268,18 +267,6 @@ def classifier_loss(diffusion: Diffusion) -> Callable[..., Tensor]:
     return loss
 
 
-def conditional_network(checkpoint: dict) -> Callable[..., torch.nn.Module]:
-    """The class of network that a checkpoint, or what will be one, holds."""
-    if checkpoint["kind"] == "ddpm":
-        return UNet
-    if checkpoint["kind"] == "classifier":
-        return partial(Classifier, len(checkpoint["class_names"]))
-    if checkpoint["config"]["condition"] == "text":
-        vocabulary = Vocabulary(**checkpoint["vocabulary"])
-        return partial(TextUNet, len(vocabulary), vocabulary.max_tokens)
-    return partial(ConditionalUNet, len(checkpoint["class_names"]))
-
-
 def by_label(args: argparse.Namespace, data: utils.Data) -> tuple[Tensor, list[str], Tensor, dict]:
     """y (N,) of every image, the names and y of the classes that previews show, what a checkpoint keeps."""
     if data.labels is None:
@@ -312,8 +299,8 @@ def conditional(
     """A UNet that learns to denoise images given their labels or captions; previews have them as rows."""
     args.condition = args.condition or ("text" if data.labels is None else "label")
     y, names, y_shown, keep = CONDITIONS[args.condition](args, data)
-    about = {"kind": "ddpm_conditional", "config": vars(args), "class_names": data.class_names, **keep}
-    net = ddpm.make_net(vars(args), conditional_network(about))
+    about = {"kind": "ddpm_conditional", "class_names": data.class_names, **keep}
+    net = ddpm.make_net({**vars(args), **about})
     if args.init and not args.resume:
         start_from(net, args.init)
     check_interval(args, diffusion.T)
@@ -354,9 +341,9 @@ def fill_from_init(args: argparse.Namespace) -> argparse.Namespace:
 
 def start_from(net: torch.nn.Module, path: str) -> None:
     """Give a conditional network the averaged weights of an unconditional run; what it has more stays new."""
-    unet, _, checkpoint = ddpm.load_network(path, torch.device("cpu"))
+    unet, _, config = ddpm.load_network(path, kinds=("ddpm",))
     net.load_state_dict(unet.state_dict(), strict=False)
-    print(f"init     from {path}, epoch {checkpoint['epoch']}")
+    print(f"init     from {path}, epoch {config['epoch']}")
 
 
 def classification(
@@ -384,7 +371,7 @@ def classification(
         grid = utils.make_grid(torch.cat([x_t for *_, x_t in shown]), caption, columns, rows)
         utils.save_picture(grid, path)
 
-    net = ddpm.make_net(vars(args), partial(Classifier, len(data.class_names)))
+    net = ddpm.make_net({**vars(args), "kind": "classifier", "class_names": data.class_names})
     use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")
     loss, images, labels = classifier_loss(diffusion), data.images[trained_on], data.labels[trained_on]
     return Task("classifier", net, loss, preview, images, labels, use=use)
@@ -538,17 +525,18 @@ def load_classifier(
     path: str, model: dict, device: torch.device, same: Sequence[str] = (*SAME_DATA, *SAME_NOISE)
 ) -> torch.nn.Module:
     """A run of --task classifier; UserError unless its settings `same` and its classes are the model's."""
-    if model["config"].get("condition") == "text":
+    if model.get("condition") == "text":
         raise UserError("a classifier takes a model of labels; this one was trained on captions: use cfg")
-    classifier, _, checkpoint = ddpm.load_network(path, device, ("classifier",), conditional_network)
-    theirs, ours = checkpoint["config"], model["config"]
+    if model["kind"] == "published":
+        raise UserError("a classifier takes a model of this project; published weights have no known data")
+    classifier, _, theirs = ddpm.load_network(path, device, ("classifier",))
     for key in same:
-        if theirs[key] != ours[key]:
+        if theirs[key] != model[key]:
             raise UserError(
                 f"--classifier {path} was trained with {utils.flag(key)} {theirs[key]}, the model "
-                f"with {ours[key]}: train one with --task classifier {utils.flag(key)} {ours[key]}"
+                f"with {model[key]}: train one with --task classifier {utils.flag(key)} {model[key]}"
             )
-    if checkpoint["class_names"] != model["class_names"]:
+    if theirs["class_names"] != model["class_names"]:
         raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
     return classifier.requires_grad_(False)
 
@@ -557,21 +545,18 @@ def run_sampling(args: argparse.Namespace) -> None:
     """Draw --batches times --sample images from --checkpoint, as asked for: a grid of each batch."""
     device = utils.get_device(args.device)
     kinds = ("ddpm_conditional", "ddpm") if args.guidance == "classifier" else ("ddpm_conditional",)
-    net, diffusion, checkpoint = ddpm.load_network(args.checkpoint, device, kinds, conditional_network)
-    config = checkpoint["config"]
+    net, diffusion, config = ddpm.load_network(args.checkpoint, device, kinds)
     ddpm.fill_sampler(args, config)
     ddpm.fill_sample_steps(args, diffusion.T)
     check_interval(args, diffusion.T)
     if args.guidance == "cfg":
         fill_guidance_scale(args, config.get("p_uncond", 0.1))
-    classifier = (
-        load_classifier(args.classifier, checkpoint, device) if args.guidance == "classifier" else None
-    )
-    names, y = conditions(args, checkpoint)
-    samples = utils.checkpoint_file(args.checkpoint).parent / "samples"
+    classifier = load_classifier(args.classifier, config, device) if args.guidance == "classifier" else None
+    names, y = conditions(args, config)
+    samples = utils.run_folder(args.checkpoint) / "samples"
     ddpm.prepare_folders(samples, args.out)
 
-    scales, caption = args.guidance_scale, caption_of(args, checkpoint)
+    scales, caption = args.guidance_scale, caption_of(args, config)
     in_grid = max(1, ddpm.GRID_LIMIT // len(scales))
     if args.sample > in_grid:
         utils.note(f"a grid shows the first {in_grid} images{' of each scale' if len(scales) > 1 else ''}")
@@ -621,11 +606,10 @@ def write_metadata(folder: Path, args: argparse.Namespace, names: list[str]) -> 
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def caption_of(args: argparse.Namespace, checkpoint: dict) -> str:
+def caption_of(args: argparse.Namespace, config: dict) -> str:
     """What made a grid, to be written above it."""
     scale = f", scale {args.guidance_scale[0]:g}" if len(args.guidance_scale) == 1 else ""
-    dataset, epoch = checkpoint["config"]["dataset"], checkpoint["epoch"]
-    return f"{dataset}, epoch {epoch}, {made_by(args)}{scale}, seed {args.seed}"
+    return f"{ddpm.model_name(config)}, {made_by(args)}{scale}, seed {args.seed}"
 
 
 def condition_grid(x: Sequence[Tensor], names: list[str], caption: str, scales: Sequence[float]) -> Image:

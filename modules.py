@@ -215,7 +215,7 @@ class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
     The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level, each of which is
-    also given a skip. (The published weights count t from 0: with them, pass t - 1.)
+    also given a skip.
     """
 
     def __init__(
@@ -251,6 +251,23 @@ class UNet(Encoder):
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+
+
+class PublishedUNet(UNet):
+    """The UNet as published weights know it: they count time from 0, and say how its norms are made.
+
+    Called as every network here, with t in 1..T. `norm_groups` and `norm_eps` are of every GroupNorm; the
+    other arguments are the UNet's.
+    """
+
+    def __init__(self, norm_groups: int, norm_eps: float, *unet, **more):
+        super().__init__(*unet, **more)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups, module.eps = norm_groups, norm_eps
+
+    def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
+        return super().embed(t - 1, y)  # t of 1..T is their 0..T-1
 
 
 class ConditionalUNet(UNet):

@@ -863,20 +863,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
     """
     path = checkpoint_file(path)
-    try:
-        with warnings.catch_warnings():  # about foreign files, which are refused below
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
-    except Exception as error:  # torch, zipfile and pickle each have their own
-        unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
-        why = (
-            "it holds Python objects, which could run code" if unsafe else "it is damaged or no PyTorch file"
-        )
-        raise UserError(
-            f"checkpoint {path} was not loaded: {why}; use a ckpt.pt that this project wrote"
-        ) from None
+    checkpoint = read_pickle(path, "use a ckpt.pt that this project wrote")
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
     if checkpoint["kind"] not in kinds:
@@ -888,6 +875,22 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     return checkpoint
 
 
+def read_pickle(path: Path, instead: str) -> object:
+    """What torch.save wrote, read onto the CPU without running code; UserError says what to use `instead`."""
+    try:
+        with warnings.catch_warnings():  # about foreign files, which are refused below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
+        why = (
+            "it holds Python objects, which could run code" if unsafe else "it is damaged or no PyTorch file"
+        )
+        raise UserError(f"checkpoint {path} was not loaded: {why}; {instead}") from None
+
+
 def checkpoint_file(path: str | Path) -> Path:
     """The ckpt.pt that a run's folder, or the file itself, names; UserError where there is none."""
     path = Path(path)
@@ -897,6 +900,190 @@ def checkpoint_file(path: str | Path) -> Path:
             f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt"
         )
     return file
+
+
+def run_folder(path: str | Path) -> Path:
+    """Where what is made with a checkpoint is kept: its run's folder, or runs/NAME for published weights."""
+    file = published_file(path)
+    return Path("runs") / file.absolute().parent.name if file else checkpoint_file(path).parent
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Published weights: DDPMs in the form of google/ddpm-cifar10-32 and its like, a folder with config.json and
+# diffusion_pytorch_model.safetensors or .bin.
+
+PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+PUBLISHED_NAMES = (  # a pattern in their names, old and new ones of attention, and what stands there in ours
+    (r"time_embedding\.linear_1\.", "time_mlp.0."),
+    (r"time_embedding\.linear_2\.", "time_mlp.2."),
+    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.", r"\1sample.\2."),
+    (r"(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"\1.\2.\3.block."),
+    (r"(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"\1.\2.\3.attention."),
+    (r"mid_block\.resnets\.(\d+)\.", r"middle.\1.block."),
+    (r"mid_block\.attentions\.0\.", "middle.0.attention."),
+    (r"\.time_emb_proj\.", ".time."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.attention\.group_norm\.", ".attention.norm."),
+    (r"\.attention\.(query|to_q)\.", ".attention.q."),
+    (r"\.attention\.(key|to_k)\.", ".attention.k."),
+    (r"\.attention\.(value|to_v)\.", ".attention.v."),
+    (r"\.attention\.(proj_attn|to_out\.0)\.", ".attention.out."),
+    (r"^conv_norm_out\.", "norm_out."),
+)
+
+PUBLISHED_FIELDS = {  # of config.json, with the values that make the network ours
+    "_class_name": "UNet2DModel",
+    "act_fn": "silu",
+    "add_attention": True,
+    "attn_norm_num_groups": None,
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "downsample_padding": 0,
+    "downsample_type": "conv",
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "mid_block_scale_factor": 1,
+    "num_class_embeds": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "upsample_type": "conv",
+}
+PUBLISHED_SCHEDULER = {  # the same of scheduler_config.json
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+}
+
+
+def published_file(path: str | Path) -> Path | None:
+    """The weights file of a published network that `path`, it or its folder, names; None if it names none."""
+    path = Path(path)
+    if path.is_dir() and not (path / "ckpt.pt").is_file():
+        folders = (path, path / "unet")  # a whole pipeline keeps the network in unet/
+        return next((f / name for f in folders for name in PUBLISHED_FILES if (f / name).is_file()), None)
+    return path if path.is_file() and path.suffix in (".safetensors", ".bin") else None
+
+
+def load_published(file: Path) -> tuple[dict, dict[str, tuple[str, torch.Tensor]]]:
+    """Settings, in the terms of our runs, and weights {our name: (their name, value)} of published weights.
+
+    Noise is the published DDPMs': T = 1000, `linear`, eps. A field that a config.json leaves out counts as
+    it is in theirs. Raises UserError where it describes another network or noise, or a file is damaged.
+    """
+    config = published_config(file.parent / "config.json")
+    for folder in (file.parent, file.parent.parent / "scheduler"):
+        if (folder / "scheduler_config.json").is_file():
+            path = folder / "scheduler_config.json"
+            check_fields(path, read_json(path), PUBLISHED_SCHEDULER)
+    weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
+    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+        raise UserError(f"{file} holds no weights: get it again")
+    return config, {our_name(name): (name, as_convolution(name, w)) for name, w in weights.items()}
+
+
+def published_config(path: Path) -> dict:
+    """The settings that a config.json describes, in the terms of our runs; UserError names what differs."""
+    theirs = read_json(path)
+    needed = ("block_out_channels", "down_block_types", "in_channels", "layers_per_block", "sample_size")
+    for name in needed:
+        if name not in theirs:
+            raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
+    widths, down, channels, blocks, size = (theirs[name] for name in needed)
+    groups, head = theirs.get("norm_num_groups", 32), theirs.get("attention_head_dim")
+    try:
+        attention = [level for level, kind in enumerate(down) if level and kind == "AttnDownBlock2D"]
+        kinds = ["Attn" * (level in attention) for level in range(len(widths))]
+        one_head = {widths[level] for level in (*attention, -1)} == {head}
+        even = size % 2 ** (len(widths) - 1) == 0
+        multiples = all(width % widths[0] == 0 and width % groups == 0 for width in widths)
+    except (TypeError, IndexError, ZeroDivisionError):
+        raise UserError(f"{path} does not describe a network of this kind") from None
+    wanted = {
+        **PUBLISHED_FIELDS,
+        "attention_head_dim": head if one_head else None,
+        "block_out_channels": widths if multiples else "multiples of the first and of norm_num_groups",
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]],
+        "out_channels": channels,
+        "sample_size": size if even else f"a number divisible by {2 ** (len(widths) - 1)}",
+    }
+    check_fields(path, theirs, wanted)
+    return {
+        **{"kind": "published", "name": path.absolute().parent.name, "dataset": None, "class_names": None},
+        **{"image_size": size, "channels": channels, "width": widths[0], "blocks": blocks},
+        **{"multipliers": [width // widths[0] for width in widths], "attention": attention, "dropout": 0.0},
+        **{"norm_groups": groups, "norm_eps": theirs.get("norm_eps", 1e-6), "sampler": "ddim"},
+        **{"noise_steps": 1000, "schedule": "linear", "prediction": "eps", "weighting": None},
+    }
+
+
+def check_fields(path: Path, theirs: dict, wanted: dict) -> None:
+    """UserError for the first field that is there and not as wanted."""
+    for name, value in wanted.items():
+        if theirs.get(name, value) != value:
+            what = f"{path}: {name} is {json.dumps(theirs[name])}"
+            raise UserError(f"{what}; the network here is the one with {json.dumps(value)}")
+
+
+def read_json(path: Path) -> dict:
+    """An object in a JSON file; UserError where there is none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing: weights need the config.json that was published with them"
+        ) from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: get it again")
+    return found
+
+
+def our_name(name: str) -> str:
+    """The name in our UNet of a weight of the published one."""
+    for pattern, ours in PUBLISHED_NAMES:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def as_convolution(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Attention's linear layers (C, C) as the 1x1 convolutions that they are here, (C, C, 1, 1)."""
+    return weight[:, :, None, None] if "attentions" in name and weight.ndim == 2 else weight
+
+
+SAFETENSORS_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file; UserError where it is damaged, or holds anything but floats.
+
+    Eight bytes hold the length of a JSON header {name: {"dtype", "shape", "data_offsets": [begin, end]}},
+    which follows; after it come the numbers.
+    """
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        ends = [start + entry["data_offsets"][1] for entry in header.values()]
+        if max(ends) > len(data):
+            raise UserError(f"{path} is truncated, {len(data)} of {max(ends)} bytes: get it again")
+        return {name: read_tensor(data, start, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError):
+        why = "truncated" if len(data) < start else "damaged, or holds no plain tensors"
+        raise UserError(f"{path} is {why}: get it again") from None
+
+
+def read_tensor(data: bytes, start: int, entry: dict) -> torch.Tensor:
+    """The tensor that an entry of a safetensors header describes, its data counted from `start`."""
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    values = torch.frombuffer(bytearray(data[begin:end]), dtype=SAFETENSORS_TYPES[entry["dtype"]])
+    return values.reshape(entry["shape"]).float()
 
 
 class Log:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ddpm
 import utils
-from ddpm_conditional import Vocabulary, cfg, conditional_network
+from ddpm_conditional import Vocabulary, cfg
 
 SMALLEST = 0.01  # share of the picture that a region must have to be a shape
 
@@ -117,10 +117,8 @@ def main():
     parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddpm")
     parser.add_argument("--sample-steps", type=int, default=50)
     args = parser.parse_args()
-    net, diffusion, checkpoint = ddpm.load_network(
-        args.checkpoint, torch.device("cpu"), ("ddpm_conditional",), conditional_network
-    )
-    vocabulary, size = Vocabulary(**checkpoint["vocabulary"]), checkpoint["config"]["image_size"]
+    net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
+    vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
     seen = [(c, s) for c in utils.COLOURS for s in utils.SHAPES if (c, s) not in utils.HELD_OUT]
     prompts = {
         "one shape, seen pairs": [prompt(*pair) for pair in seen] * 4,
