@@ -18,7 +18,6 @@ import csv
 import io
 import math
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,9 +36,9 @@ from tqdm import tqdm
 import ddpm
 import ddpm_conditional
 import utils
-from ddpm import SAMPLERS, Denoiser, Diffusion, Generators, clip_x_0, psnr, randn_like
+from ddpm import SAMPLERS, Denoiser, Diffusion, Generators, at, clip_x_0, numbered_noise, psnr, randn_like
 from modules import PointMLP
-from utils import SCHEDULES, UserError, real, to_x_0, whole
+from utils import SCHEDULES, UserError, diversity, real, saturation, to_x_0, whole
 
 # ------------------------------------------------------------------------------------------------------------
 # What a study gives: a figure made of grids and charts, and a table.
@@ -320,20 +319,6 @@ def quality(features: Tensor, real: Tensor) -> Row:
     return {"frechet": frechet_distance(features, real), "precision": precision, "recall": recall}
 
 
-def diversity(x: Tensor, y: Tensor) -> float | None:
-    """Mean distance between two images of one class, rms per pixel of [0, 1]; x (B, C, H, W), y (B,).
-
-    None where no class has two.
-    """
-    distances = torch.cat([torch.pdist(x[y == k].flatten(1) / 2) for k in y.unique()])
-    return (distances / x[0].numel() ** 0.5).mean().item() if len(distances) else None
-
-
-def saturation(x: Tensor) -> float:
-    """The share of values at the ends of the range, which a file saves as 0 or 255."""
-    return (x.abs() >= 1 - 1 / 255).double().mean().item()
-
-
 def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
     """Distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its number; (n,) each.
 
@@ -502,25 +487,6 @@ def samples_for(judge: Judge, asked: int | None, data: utils.Data) -> int:
     return asked or min(max(128, judge.dim * 5 // 4), len(data.images) // 2)
 
 
-def read_images(files: Sequence[str], size: int, channels: int) -> Tensor:
-    """The user's images in [-1, 1] (B, C, size, size), with a note where they had another size."""
-    images = []
-    for file in files:
-        try:
-            with utils.open_image(Path(file), size) as picture:
-                before = picture.size
-            images.append(torch.from_numpy(utils.read_image(Path(file), size, channels).copy()))
-        except FileNotFoundError:
-            raise UserError(f"--image {file}: there is no such file") from None
-        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise UserError(f"--image {file} can't be read as an image: {error}") from None
-        if before != (size, size):
-            utils.note(
-                f"{file}, {before[0]}x{before[1]}, is cropped to a square and resized to {size}x{size}"
-            )
-    return to_x_0(torch.stack(images))
-
-
 def chosen_images(args: argparse.Namespace, count: int, config: dict | None = None) -> Tensor:
     """x_0 (B, C, H, W): the user's --image files, or `count` of the data set's.
 
@@ -533,7 +499,7 @@ def chosen_images(args: argparse.Namespace, count: int, config: dict | None = No
         if getattr(args, "images", None):
             raise UserError("--images counts images of the data set: leave it out beside --image")
         known = config or {"image_size": args.image_size or 64, "channels": 3}
-        return read_images(args.image, known["image_size"], known["channels"])
+        return utils.read_images(args.image, known["image_size"], known["channels"])
     if config:
         images = real_data(args, config).images
     else:
@@ -551,19 +517,8 @@ def chosen_levels(levels: Sequence[int] | None, default: Sequence[int], T: int) 
     return chosen
 
 
-def at(t: int, T: int) -> int:
-    """A time quoted for 1000 steps, in a process of T."""
-    return max(1, round(t * T / 1000))
-
-
 def snr_label(diffusion: Diffusion, t: int) -> str:
     return f"t = {t}, SNR {diffusion.snr[t].item():.2g}"
-
-
-def progress(what: str, total: int) -> tqdm:
-    """A progress bar of network evaluations, image by image."""
-    every = 0.2 if sys.stderr.isatty() else 30
-    return tqdm(desc=what, total=total, unit="image", unit_scale=True, mininterval=every, leave=False)
 
 
 def in_batches(eps_theta: Denoiser, batch_size: int, bar: tqdm) -> Denoiser:
@@ -577,14 +532,6 @@ def in_batches(eps_theta: Denoiser, batch_size: int, bar: tqdm) -> Denoiser:
         return torch.cat(parts)
 
     return eps_theta_in_batches
-
-
-def numbered_noise(
-    numbers: Sequence[int], shape: Sequence[int], seed: int
-) -> tuple[Tensor, list[torch.Generator]]:
-    """x_T (B, *shape) and the generator that drew it, for each number: those of `ddpm.py --sample`."""
-    generators = [utils.seeded_generator(seed, i) for i in numbers]
-    return randn_like(torch.empty(len(numbers), *shape), generators), generators
 
 
 @torch.no_grad()
@@ -606,7 +553,7 @@ def draw(
     diffusion, done = diffusion or model.diffusion, []
     shape = (model.config["channels"], model.config["image_size"], model.config["image_size"])
     name = getattr(sampler, "func", sampler).__name__  # of a partial, the function's
-    with progress(f"{name}, {steps} steps", len(numbers) * steps * per_step) as bar:
+    with utils.progress(f"{name}, {steps} steps", len(numbers) * steps * per_step) as bar:
         for batch in torch.tensor(numbers).split(args.batch_size):
             x_T, generators = numbered_noise(batch.tolist(), shape, args.seed)
             eps_theta = denoiser_of(batch) if denoiser_of else model.eps_theta()
@@ -917,7 +864,7 @@ def noise(args: argparse.Namespace) -> Result:
     t = torch.tensor(levels).repeat_interleave(B)  # (L B,)
     x_t = diffusion.noise_images(x_0.repeat(L, 1, 1, 1), t, own)[0].to(model.device)
 
-    with progress("denoising", L * B + sum(draws.values()) * per_image * B) as bar:
+    with utils.progress("denoising", L * B + sum(draws.values()) * per_image * B) as bar:
         eps_theta = in_batches(model.eps_theta(), args.batch_size, bar)
         # one step: the mean of all x_0 that x_t may come from
         t = t.to(model.device)
@@ -1018,7 +965,7 @@ def denoise(args: argparse.Namespace) -> Result:
     diffusion = models[0].diffusion if models else Diffusion(1000, args.schedule or "linear")
     # Start
     T, pictures, labels, rows, heads = diffusion.T, [], [], [], []
-    strided = sorted({0, *(at(t, T) for t in range(990, 0, -30))}, reverse=True)  # A 1.4: 990, 960, ..., 0
+    strided = ddpm.strided_timesteps(T)  # A 1.4: 990, 960, ..., 0
     for t in reversed(chosen_levels(args.levels, (250, 500, 750), T)):
         generators = [utils.seeded_generator(args.seed, t, i) for i in range(len(x_0))]
         times = torch.full((len(x_0),), t)
@@ -1029,7 +976,7 @@ def denoise(args: argparse.Namespace) -> Result:
         for model in models:
             x, times = x_t.to(model.device), times.to(model.device)
             down = [t, *(s for s in strided if s < t)]  # A 1.4: from t on down the strides of 30
-            with progress(f"denoising from t = {t}", len(x) * len(down)) as bar:
+            with utils.progress(f"denoising from t = {t}", len(x) * len(down)) as bar:
                 eps_theta = in_batches(model.eps_theta(), args.batch_size, bar)
                 one_step, _ = diffusion.split(eps_theta(x, times), x, times, "eps")  # A 1.3
                 many = ddpm.ddpm(diffusion, eps_theta, x, down, generators)
@@ -1347,7 +1294,7 @@ def losses(args: argparse.Namespace) -> Result:
         diffusion = model.diffusion
         levels = sorted({at(t, diffusion.T) for t in (1, 10, *range(40, 1001, 40))})
         of_model = []
-        with progress(model.path, len(levels) * len(x_0)) as bar:
+        with utils.progress(model.path, len(levels) * len(x_0)) as bar:
             eps_theta = in_batches(diffusion.denoiser(model.net), args.batch_size, bar)
             for t in levels:
                 times = torch.full((len(x_0),), t)

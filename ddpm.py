@@ -50,6 +50,14 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
+def numbered_noise(
+    numbers: Sequence[int], shape: Sequence[int], seed: int
+) -> tuple[Tensor, list[torch.Generator]]:
+    """x_T (B, *shape) and the generator that drew it, for each number: those of `ddpm.py --sample`."""
+    generators = [utils.seeded_generator(seed, i) for i in numbers]
+    return randn_like(torch.empty(len(numbers), *shape), generators), generators
+
+
 # ------------------------------------------------------------------------------------------------------------
 # How much each noise level counts: w(snr), the weight of the squared error of eps.
 
@@ -366,6 +374,16 @@ def clip_x_0(diffusion: Diffusion, eps_theta: Denoiser) -> Denoiser:
     return clipped
 
 
+def at(t: int, T: int) -> int:
+    """A time quoted for 1000 steps, in a process of T."""
+    return max(1, round(t * T / 1000))
+
+
+def strided_timesteps(T: int) -> list[int]:
+    """[990, 960, ..., 30, 0], quoted for 1000 steps, in a process of T (Berkeley CS180, project 5, A 1.4)."""
+    return sorted({0, *(at(t, T) for t in range(990, 0, -30))}, reverse=True)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training: one loop, which serves every task that trains anything.
 
@@ -588,7 +606,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(group).add_argument
     add("--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training")
     add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or its ckpt.pt")
-    how = "one of %(choices)s (default: ddim, ddpm for shapes; with --sample what the run's previews used)"
+    add_sampler_flags(add, "ddim, ddpm for shapes; with --sample what the run's previews used")
+    add("--out", metavar="DIR", help="--sample: also write one PNG per image there, for FID tools")
+    add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
+
+
+def add_sampler_flags(add: Callable, default: str) -> None:
+    how = f"one of %(choices)s (default: {default})"
     add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help=how)
     add("--sample-steps", type=whole(1), metavar="N", help="strides from t = T to 0 (default: 50, at most T)")
     add(
@@ -598,8 +622,6 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--variance", choices=["posterior", "beta"], default="posterior", metavar="NAME", help=sigma)
     add("--runge-kutta", action="store_true", help="--sampler pndm: start with three Runge-Kutta strides")
     add("--no-clip", action="store_true", help="do not clip x_0 to [-1, 1] at each stride")
-    add("--out", metavar="DIR", help="--sample: also write one PNG per image there, for FID tools")
-    add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
 def make_parser(
@@ -637,10 +659,8 @@ def check_flags(
     only_sampling: set = ONLY_SAMPLING,
 ) -> None:
     """Refuse flags that would have no effect, rather than ignore them; UserError."""
-    for owner, flags in owners.items():
-        for dest in args.typed & set(flags):
-            if getattr(args, owner) != flags[dest] and not args.resume:
-                raise UserError(f"{flag(dest)} belongs to --{owner} {flags[dest]}: add that, or leave it out")
+    if not args.resume:
+        check_owners(args, owners)
     if args.sample is None:
         for dest in args.typed & only_sampling:
             raise UserError(f"{flag(dest)} goes with --sample N, the number of images to draw")
@@ -656,6 +676,14 @@ DATA_DEFAULTS = {  # what suits a data set, where the command line leaves it ope
     # Flat pictures on bright grounds: v stays on a plateau for long, and x_0 learns words late.
     "shapes": {"epochs": 5, "batch_size": 16, "prediction": "eps", "weighting": "p2", "sampler": "ddpm"},
 }
+
+
+def check_owners(args: argparse.Namespace, owners: dict[str, dict[str, str]]) -> None:
+    """UserError for a flag that belongs to another choice, {owner: {flag: the choice it belongs to}}."""
+    for owner, flags in owners.items():
+        for dest in args.typed & set(flags):
+            if getattr(args, owner) != flags[dest]:
+                raise UserError(f"{flag(dest)} belongs to --{owner} {flags[dest]}: add that, or leave it out")
 
 
 def fill_data_set_defaults(args: argparse.Namespace, defaults: dict[str, dict] = DATA_DEFAULTS) -> None:
@@ -840,6 +868,14 @@ def fill_sampler(args: argparse.Namespace, config: dict) -> None:
         args.sampler = config["sampler"]
 
 
+def chosen_sampler(args: argparse.Namespace) -> Callable[..., Tensor]:
+    """The sampler that the command line asks for, with its options."""
+    options = {
+        dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
+    }
+    return partial(SAMPLERS[args.sampler], **options)
+
+
 def sample_images(
     diffusion: Diffusion,
     eps_theta: Denoiser,
@@ -849,11 +885,7 @@ def sample_images(
 ) -> Tensor:
     """From x_T to x_0 (B, C, H, W) by the sampler, steps and clipping in `args`; one generator an image."""
     denoiser = eps_theta if args.no_clip else clip_x_0(diffusion, eps_theta)
-    options = {
-        dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
-    }
-    steps = diffusion.timesteps(args.sample_steps)
-    return SAMPLERS[args.sampler](diffusion, denoiser, x_T, steps, generators, **options)
+    return chosen_sampler(args)(diffusion, denoiser, x_T, diffusion.timesteps(args.sample_steps), generators)
 
 
 @dataclass
@@ -961,10 +993,8 @@ def draw_preview(
     diffusion: Diffusion, eps_theta: Denoiser, numbers: Sequence[int], args, device: torch.device
 ) -> Tensor:
     """Images x_0 (B, C, H, W), image i from noise of its own number numbers[i]: one for all epochs."""
-    generators = [utils.seeded_generator(args.seed, i) for i in numbers]
-    shape = (len(numbers), args.channels, args.image_size, args.image_size)
-    x_T = randn_like(torch.empty(shape, device=device), generators)
-    return sample_images(diffusion, eps_theta, x_T, args, generators)
+    x_T, generators = numbered_noise(numbers, (args.channels, args.image_size, args.image_size), args.seed)
+    return sample_images(diffusion, eps_theta, x_T.to(device), args, generators)
 
 
 def run_training(
@@ -1089,10 +1119,9 @@ def draw_images(
         for i, batch in enumerate(batches):
             film = frames if args.animate and i == 0 else None
             eps_theta = watched(denoiser_of(batch), bar, film, math.ceil(evaluations / 60))
-            generators = [utils.seeded_generator(args.seed, i) for i in batch]
-            shape = (len(batch), config["channels"], config["image_size"], config["image_size"])
-            x_T = randn_like(torch.empty(shape, device=device), generators)
-            x_0 = sample_images(diffusion, eps_theta, x_T, args, generators).cpu()
+            shape = (config["channels"], config["image_size"], config["image_size"])
+            x_T, generators = numbered_noise(batch, shape, args.seed)
+            x_0 = sample_images(diffusion, eps_theta, x_T.to(device), args, generators).cpu()
             if args.out:
                 for number, picture in zip(batch, utils.to_pictures(x_0), strict=True):
                     utils.save_picture(picture, Path(args.out) / f"{number:05d}{suffix}.png")

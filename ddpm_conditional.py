@@ -447,6 +447,10 @@ def add_conditional_flags(parser: argparse.ArgumentParser) -> None:
         "1 plain conditional, 0 unconditional, above 1 guided; 1,3,7 compares three in the columns of a grid"
     )
     add("--guidance-scale", type=utils.listed(real(0)), default=[3.0], metavar="S", help=scale)
+    add_guidance_options(add)
+
+
+def add_guidance_options(add: Callable) -> None:
     span = ("LOW", "HIGH")
     add("--guidance-interval", type=whole(1), nargs=2, metavar=span, help="guide only where LOW <= t <= HIGH")
     phi = "--guidance cfg: share of the conditional's contrast that is restored, 0 to 1"

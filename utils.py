@@ -1128,6 +1128,37 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def read_images(files: Sequence[str], size: int, channels: int) -> torch.Tensor:
+    """The user's images in [-1, 1] (B, C, size, size), with a note where they had another size."""
+    images = []
+    for file in files:
+        try:
+            with open_image(Path(file), size) as picture:
+                before = picture.size
+            images.append(torch.from_numpy(read_image(Path(file), size, channels).copy()))
+        except FileNotFoundError:
+            raise UserError(f"--image {file}: there is no such file") from None
+        except Exception as error:  # Pillow's decoders raise almost anything on a broken file
+            raise UserError(f"--image {file} can't be read as an image: {error}") from None
+        if before != (size, size):
+            note(f"{file}, {before[0]}x{before[1]}, is cropped to a square and resized to {size}x{size}")
+    return to_x_0(torch.stack(images))
+
+
+def diversity(x: torch.Tensor, y: torch.Tensor) -> float | None:
+    """Mean distance between two images of one class, rms per pixel of [0, 1]; x (B, C, H, W), y (B,).
+
+    None where no class has two.
+    """
+    distances = torch.cat([torch.pdist(x[y == k].flatten(1) / 2) for k in y.unique()])
+    return (distances / x[0].numel() ** 0.5).mean().item() if len(distances) else None
+
+
+def saturation(x: torch.Tensor) -> float:
+    """The share of values at the ends of the range, which a file saves as 0 or 255."""
+    return (x.abs() >= 1 - 1 / 255).double().mean().item()
+
+
 def to_pictures(x: torch.Tensor) -> list[Image.Image]:
     """Images in [-1, 1] (B, C, H, W) -> B Pillow images, gray where C = 1."""
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in to_uint8(x)]
@@ -1221,6 +1252,12 @@ def save_animation(frames: list[Image.Image], path: Path) -> Path:
 # Command-line plumbing
 
 
+def progress(what: str, total: int) -> tqdm:
+    """A progress bar of network evaluations, image by image."""
+    every = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(desc=what, total=total, unit="image", unit_scale=True, mininterval=every, leave=False)
+
+
 def get_device(name: str = "auto") -> torch.device:
     """The device of that name, "auto" being the best of cuda, mps and cpu; UserError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -1265,13 +1302,21 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         namespace = super().parse_args(args)
-        defaults = {action.dest: action.default for action in self._actions}
-        for action in self._actions:
+        defaults = [(action, action.default) for action in self.every_action()]
+        for action, _ in defaults:
             action.default = argparse.SUPPRESS
         namespace.typed = set(vars(super().parse_args(args)))
-        for action in self._actions:
-            action.default = defaults[action.dest]
+        for action, default in defaults:
+            action.default = default
         return namespace
+
+    def every_action(self) -> Iterator[argparse.Action]:
+        """Its flags and arguments, and those of its sub-commands."""
+        for action in self._actions:
+            yield action
+            if isinstance(action.choices, dict):
+                for parser in action.choices.values():
+                    yield from parser.every_action()
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
