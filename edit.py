@@ -200,20 +200,24 @@ def check_isometry(view: View, name: str, shape: Sequence[int]) -> None:
 # 4. Hybrid images: one thing from afar, another from near
 
 
-def low_pass(x: Tensor) -> Tensor:
-    """G x: blurred by a Gaussian, sigma 2 in a kernel of 33 for 64 pixels, scaled with the size."""
+def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
+    """G x: blurred by a Gaussian, by default of sigma 2 for 64 pixels and as much for other sizes.
+
+    The kernel has 33 pixels for sigma 2, and as many for others; sigma is in pixels.
+    """
     size = x.shape[-1]
-    width = 2 * round((33 * size / 64 - 1) / 2) + 1  # odd
-    return gaussian_blur(x, max(3, width), 2 * size / 64)
+    sigma = sigma or 2 * size / 64
+    reach = min(max(1, round(8 * sigma)), size - 1)  # as far as the image can be mirrored at its edges
+    return gaussian_blur(x, 2 * reach + 1, sigma)
 
 
-def hybrid(eps_1: Denoiser, eps_2: Denoiser) -> Denoiser:
+def hybrid(eps_1: Denoiser, eps_2: Denoiser, sigma: float | None = None) -> Denoiser:
     """`G eps_1 + eps_2 - G eps_2`: coarse things from one denoiser, fine ones from another (Factorized
     Diffusion, Geng et al. 2024, section 3.2)."""
 
     def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
         coarse, fine = eps_1(x_t, t), eps_2(x_t, t)
-        return low_pass(coarse) + fine - low_pass(fine)
+        return low_pass(coarse, sigma) + fine - low_pass(fine, sigma)
 
     return eps_theta
 
@@ -390,7 +394,7 @@ SMALLEST = 0.1  # singular values of a blur, of at most about 1, below which wha
 def deblur(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
     """A: a Gaussian blur along rows and columns, each a matrix, without its smallest singular values."""
     size = shape[-1]
-    sigma = args.blur_sigma or size / 32
+    sigma = args.blur_sigma or max(1.5, size / 32)
     at = torch.arange(size, dtype=torch.float64)
     B = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
     U, S, V = torch.linalg.svd(B / B.sum(1, keepdim=True))  # rows sum to 1 at the edges too
@@ -680,11 +684,11 @@ def run_hybrid(job: Job) -> Figure:
 
     def edit(items: Sequence[Item]) -> dict[str, Tensor]:
         generators = job.generators(items)
-        eps_theta = hybrid(*(job.denoiser([k] * len(items)) for k in (0, 1)))
+        eps_theta = hybrid(*(job.denoiser([k] * len(items)) for k in (0, 1)), args.sigma)
         x = job.sampler(job.diffusion, eps_theta, job.noise(generators), timesteps, generators)
         small, edge = F.interpolate(x, size=max(1, size // 4), mode="area"), (size - max(1, size // 4)) // 2
         afar = F.pad(small, (edge, size - edge - small.shape[-1]) * 2, value=1.0)  # on white
-        return {**job.steps(), "large": x, "small": afar, "low frequencies": low_pass(x)}
+        return {**job.steps(), "large": x, "small": afar, "low frequencies": low_pass(x, args.sigma)}
 
     pictures = job.batches(items, 2 * job.evaluations(timesteps), edit)
     labels = [f"{job.names[0]} from afar, {job.names[1]} from near"] * len(items)
@@ -764,8 +768,12 @@ def run_sds(job: Job) -> Figure:
             notes.append(f"{name}{guided}: saturation {utils.saturation(last):.3f}{told}")
             columns[name + guided] = x.flatten(0, 1)
             results += [last] if name != args.sampler else []
-    labels = [f"{job.label(item)} after {step}" for item in items for step in looks]
-    return Figure(columns, labels, torch.cat(results), notes)
+    rows = [(item, step) for item in items for step in looks]
+    shown = [
+        i for i, (item, step) in enumerate(rows) if item.draw == 0 or step == args.steps
+    ]  # one on its way
+    labels = [f"{job.label(rows[i][0])} after {rows[i][1]}" for i in shown]
+    return Figure({head: x[shown] for head, x in columns.items()}, labels, torch.cat(results), notes)
 
 
 def run_restore(job: Job) -> Figure:
@@ -832,6 +840,11 @@ def anagram_flags(add: Callable) -> None:
     add("--pieces", type=whole(2), default=4, metavar="N", help="--view jigsaw: of N x N pieces")
 
 
+def hybrid_flags(add: Callable) -> None:
+    sigma = "of the Gaussian that parts low from high, in pixels (default: 2 for 64 pixels, and as much)"
+    add("--sigma", type=real(0, above=True), metavar="S", help=sigma)
+
+
 def interpolate_flags(add: Callable) -> None:
     add("--frames", type=whole(2), default=7, metavar="N", help="from one image to the other, both included")
     add("--iterations", type=whole(1), default=5, metavar="N", help="of the fixed point in each stride")
@@ -863,7 +876,7 @@ def restore_flags(add: Callable) -> None:
     what = "one of %(choices)s"
     add("--problem", choices=list(PROBLEMS), default="super_resolve", metavar="NAME", help=what)
     add("--factor", type=whole(2), default=4, metavar="N", help="--problem super_resolve: N times larger")
-    sigma = "--problem deblur: of the blur, in pixels (default: a 32nd of the width)"
+    sigma = "--problem deblur: of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
     add("--blur-sigma", type=real(0, above=True), metavar="S", help=sigma)
     given = "the images are gray, blurred or small already (default: they are whole, and made so first)"
     add("--degraded", action="store_true", help=given)
@@ -882,7 +895,7 @@ TASKS = {
     "sdedit": Task(run_sdedit, sdedit_flags),
     "inpaint": Task(run_inpaint, inpaint_flags),
     "anagram": Task(run_anagram, anagram_flags, images=False, draws=10),
-    "hybrid": Task(run_hybrid, images=False, draws=4),
+    "hybrid": Task(run_hybrid, hybrid_flags, images=False, draws=4),
     "interpolate": Task(run_interpolate, interpolate_flags, scale=(1.0,)),
     "sds": Task(run_sds, sds_flags, images=False, scale=(1.0, 7.5), draws=4),
     "restore": Task(run_restore, restore_flags),
@@ -993,7 +1006,9 @@ def main() -> None:
     folder = utils.run_folder(args.checkpoint) / "edits"
     ddpm.prepare_folders(folder, args.out)
     figure = TASKS[args.task].run(job)
-    caption = f"{args.task}, {ddpm.model_name(job.config)}, {made_by(job)}, seed {args.seed}"
+    what = " ".join([args.task, *(getattr(args, dest) for dest in ("view", "problem") if dest in args)])
+    told = [what, ddpm.model_name(job.config), made_by(job), f"seed {args.seed}"]
+    caption = "; ".join([", ".join(told), *figure.notes])
     cells = torch.stack(list(figure.pictures.values()), 1).flatten(0, 1)
     grid = utils.make_grid(cells, caption, len(figure.pictures), figure.labels, list(figure.pictures))
     path = utils.save_picture(grid, utils.new_path(folder / f"{args.task}.png", ".png"))

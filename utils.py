@@ -998,7 +998,7 @@ def published_config(path: Path) -> dict:
         attention = [level for level, kind in enumerate(down) if level and kind == "AttnDownBlock2D"]
         kinds = ["Attn" * (level in attention) for level in range(len(widths))]
         one_head = {widths[level] for level in (*attention, -1)} == {head}
-        even = size % 2 ** (len(widths) - 1) == 0
+        even = isinstance(size, int) and size % 2 ** (len(widths) - 1) == 0
         multiples = all(width % widths[0] == 0 and width % groups == 0 for width in widths)
     except (TypeError, IndexError, ZeroDivisionError):
         raise UserError(f"{path} does not describe a network of this kind") from None

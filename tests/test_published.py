@@ -1,0 +1,293 @@
+"""Published weights: the same outputs as the reference network, and clear errors for what is not one."""
+
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_line
+from PIL import Image
+from record_published import CONFIGS, RECORDED, TIMES, seeded_input, seeded_weights
+
+import analysis
+import ddpm
+import edit
+import utils
+from modules import PublishedUNet
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+TINY_CONFIG = {
+    **CONFIGS["cifar10_32"],
+    **{"sample_size": 16, "block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 8},
+    **{
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    },
+}
+
+
+def with_old_names(weights):
+    renamed = {}
+    for name, value in weights.items():
+        for new, old in OLD_NAMES.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = value
+    return renamed
+
+
+def safetensors(weights):
+    """The bytes of a .safetensors file, written from its specification."""
+    types = {np.dtype("float32"): "F32", np.dtype("float16"): "F16", np.dtype("uint16"): "BF16"}
+    header, parts, at = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, value in weights.items():
+        data = np.ascontiguousarray(value).tobytes()
+        header[name] = {
+            "dtype": types[value.dtype],
+            "shape": value.shape,
+            "data_offsets": [at, at + len(data)],
+        }
+        parts.append(data)
+        at += len(data)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(parts)
+
+
+def publish(folder, config, weights, suffix="safetensors"):
+    """A folder in the published form."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / f"diffusion_pytorch_model.{suffix}"
+    if suffix == "bin":
+        torch.save({name: torch.from_numpy(value) for name, value in weights.items()}, file)
+    else:
+        file.write_bytes(safetensors(weights))
+    return folder
+
+
+THEIRS = (  # ours and theirs, for the tiny network
+    (r"^time_mlp\.0\.", "time_embedding.linear_1."),
+    (r"^time_mlp\.2\.", "time_embedding.linear_2."),
+    (r"^(down|up)sample\.(\d)\.", r"\1_blocks.\2.\1samplers.0."),
+    (r"^(down|up)\.(\d)\.(\d)\.block\.", r"\1_blocks.\2.resnets.\3."),
+    (r"^(down|up)\.(\d)\.(\d)\.attention\.", r"\1_blocks.\2.attentions.\3."),
+    (r"^middle\.(\d)\.block\.", r"mid_block.resnets.\1."),
+    (r"^middle\.0\.attention\.", "mid_block.attentions.0."),
+    (r"\.time\.", ".time_emb_proj."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+    (r"(attentions\.\d)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d)\.out\.", r"\1.to_out.0."),
+    (r"^norm_out\.", "conv_norm_out."),
+)
+
+
+def tiny_weights():
+    net = PublishedUNet(8, 1e-6, 3, 16, (1, 2), 1, (1,))
+    weights = {}
+    for name, value in net.state_dict().items():
+        for ours, theirs in THEIRS:
+            name = re.sub(ours, theirs, name)
+        weights[name] = value[..., 0, 0] if ".to_" in name and value.ndim == 4 else value
+    return seeded_weights({name: list(value.shape) for name, value in weights.items()})
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return publish(tmp_path / "tiny-ddpm-16", TINY_CONFIG, tiny_weights())
+
+
+def recorded(name):
+    stored = np.load(RECORDED)
+    return seeded_weights(json.loads(str(stored[f"{name}_shapes"]))), torch.from_numpy(stored[f"{name}_out"])
+
+
+@pytest.mark.parametrize(
+    "name, old, suffix",
+    [
+        ("cifar10_32", False, "safetensors"),
+        ("cifar10_32", True, "bin"),
+        ("celebahq_256", True, "safetensors"),
+    ],
+)
+def test_outputs_are_those_of_the_reference_network(tmp_path, name, old, suffix):
+    weights, expected = recorded(name)
+    folder = publish(tmp_path / name, CONFIGS[name], with_old_names(weights) if old else weights, suffix)
+    net, diffusion, config = ddpm.load_network(folder)
+    for file in folder.iterdir():  # half a gigabyte
+        file.unlink()
+    with torch.no_grad():
+        for t, out in zip(TIMES, expected, strict=True):
+            assert torch.allclose(net(seeded_input(), torch.tensor([t]))[0], out, atol=1e-4), t
+        later = net(seeded_input(), torch.tensor([TIMES[1] + 1]))[0]
+    assert (later - expected[1]).abs().max() > 1e-3  # time is told: counted from 1, not from 0
+    assert config["image_size"] == CONFIGS[name]["sample_size"] and config["channels"] == 3
+    assert diffusion.T == 1000 and diffusion.prediction == "eps"
+    assert diffusion.alpha_bar[1].item() == pytest.approx(1 - 1e-4)  # linear: beta_1 = 1e-4
+
+
+def test_a_file_is_as_good_as_its_folder_and_a_pipeline_as_its_network(tmp_path, tiny):
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([1, 1000])
+    (tmp_path / "pipeline").mkdir()
+    publish(tmp_path / "pipeline" / "unet", TINY_CONFIG, tiny_weights(), "bin")
+    outs = [
+        ddpm.load_network(path)[0](x, t)
+        for path in (tiny, str(tiny / "diffusion_pytorch_model.safetensors"), tmp_path / "pipeline")
+    ]
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_own_runs_and_published_weights_come_the_same_way(tmp_path, cli, tiny):
+    from conftest import TINY
+
+    assert cli(*TINY).code == 0
+    for path in (tiny, "runs/ddpm_digits", "runs/ddpm_digits/ckpt.pt"):
+        net, diffusion, config = ddpm.load_network(path)
+        size = config["image_size"]
+        x = torch.randn(2, config["channels"], size, size)
+        assert net(x, torch.tensor([1, diffusion.T])).shape == x.shape and not net.training
+
+
+def test_half_precision_is_read(tmp_path):
+    values = np.array([[1.0, -2.5], [0.15625, 3e4]], dtype=np.float32)  # exact in both
+    halves = {"half": values.astype(np.float16), "brain": (values.view(np.uint32) >> 16).astype(np.uint16)}
+    (tmp_path / "w.safetensors").write_bytes(safetensors({**halves, "single": values}))
+    read = utils.read_safetensors(tmp_path / "w.safetensors")
+    assert read["half"].tolist() == values.tolist() == read["single"].tolist()
+    assert read["brain"].tolist() == [[1.0, -2.5], [0.15625, 29952.0]]  # 3e4 cut to 8 bits
+    assert all(value.dtype == torch.float32 for value in read.values())
+
+
+SAMPLE = ("--sample", 2, "--sample-steps", 2, "--device", "cpu", "--checkpoint")
+
+
+def test_sampling_writes_beside_the_runs_not_among_the_weights(tmp_path, cli, tiny):
+    before = sorted(tiny.rglob("*"))
+    result = cli(*SAMPLE, tiny)
+    assert result.code == 0, result.err
+    assert (tmp_path / "runs/tiny-ddpm-16/samples/ddim_2_seed0.png").is_file()
+    assert sorted(tiny.rglob("*")) == before
+
+
+def test_studies_and_edits_take_published_weights(tmp_path, script, tiny):
+    Image.new("RGB", (40, 30), "teal").save("photo.png")
+    machine = ("--device", "cpu", "--sample-steps", 2)
+    result = script(analysis, "noise", tiny, "--image", "photo.png", "--draws", 2, *machine)
+    assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/noise.png").is_file(), result.err
+    result = script(analysis, "denoise", "--checkpoint", tiny, "--image", "photo.png", "--levels", 20)
+    assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/denoise.png").is_file(), result.err
+    result = script(edit, "restore", "--checkpoint", tiny, "--image", "photo.png", *machine)
+    assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/edits/restore.png").is_file(), result.err
+
+
+def test_a_study_asks_for_the_images_that_nobody_named(script, tiny):
+    assert "--image" in error_line(script(analysis, "noise", tiny))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is not such a network
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("_class_name", "UNet2DConditionModel"),
+        ("act_fn", "gelu"),
+        ("attention_head_dim", 8),
+        ("block_out_channels", [24, 32]),
+        ("center_input_sample", True),
+        ("down_block_types", ["DownBlock2D", "SkipDownBlock2D"]),
+        ("down_block_types", ["AttnDownBlock2D", "AttnDownBlock2D"]),
+        ("downsample_padding", 1),
+        ("flip_sin_to_cos", True),
+        ("freq_shift", 0),
+        ("out_channels", 6),
+        ("sample_size", 15),
+        ("sample_size", [16, 16]),
+        ("time_embedding_type", "fourier"),
+        ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
+    ],
+)
+def test_another_network_is_told_by_the_field(cli, tiny, field, value):
+    (tiny / "config.json").write_text(json.dumps({**TINY_CONFIG, field: value}))
+    assert f"{field} is {json.dumps(value)}" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_another_noise_is_told_by_the_field(cli, tiny):
+    (tiny / "scheduler_config.json").write_text(json.dumps({"beta_schedule": "squaredcos_cap_v2"}))
+    assert "beta_schedule" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_a_lacking_field_is_told(cli, tiny):
+    lacking = {key: value for key, value in TINY_CONFIG.items() if key != "layers_per_block"}
+    (tiny / "config.json").write_text(json.dumps(lacking))
+    assert "layers_per_block" in error_line(cli(*SAMPLE, tiny))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_a_damaged_config_is_told(cli, tiny, text):
+    (tiny / "config.json").write_text(text)
+    assert "config.json" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_weights_without_their_config_are_told(cli, tiny):
+    (tiny / "config.json").unlink()
+    assert "config.json is missing" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_shapes_that_do_not_fit_are_named_three_of_them(cli, tiny):
+    (tiny / "config.json").write_text(json.dumps({**TINY_CONFIG, "block_out_channels": [32, 64]}))
+    line = error_line(cli(*SAMPLE, tiny))
+    assert len(re.findall(r"\(\d+,.*?\), not \(\d+,.*?\)", line)) == 3
+    assert "conv_in.weight is (16, 3, 3, 3), not (32, 3, 3, 3)" in line and "more" in line
+
+
+def test_weights_that_lack_or_add_something_are_told(cli, tmp_path):
+    weights = tiny_weights()
+    weights["class_embedding.weight"] = weights.pop("conv_in.bias")
+    line = error_line(cli(*SAMPLE, publish(tmp_path / "odd", TINY_CONFIG, weights)))
+    assert "conv_in.bias" in line and "class_embedding.weight" in line
+
+
+@pytest.mark.parametrize("left", [0, 5, 200, -1000])
+def test_a_truncated_file_is_told(cli, tiny, left):
+    file = tiny / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:left])
+    assert "truncated" in error_line(cli(*SAMPLE, tiny))
+
+
+@pytest.mark.parametrize("change", [{"dtype": "I64"}, {"shape": [5, 5]}, {"data_offsets": [9]}, None])
+def test_a_damaged_header_is_told(cli, tiny, change):
+    file = tiny / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    header["conv_in.bias"] = {**header["conv_in.bias"], **change} if change else None
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    assert "damaged" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_a_header_that_is_no_json_is_told(cli, tiny):
+    (tiny / "diffusion_pytorch_model.safetensors").write_bytes(struct.pack("<Q", 4) + b"\xff{}}" * 9)
+    assert "damaged" in error_line(cli(*SAMPLE, tiny))
+
+
+class Mischief:
+    def __reduce__(self):
+        return (open, ("mischief", "w"))
+
+
+@pytest.mark.parametrize("content", [Mischief(), {"conv_in.weight": Mischief()}, [1, 2], {"epoch": 3}])
+def test_a_bin_never_runs_code(tmp_path, cli, tiny, content):
+    (tiny / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(content, tiny / "diffusion_pytorch_model.bin")
+    error_line(cli(*SAMPLE, tiny))
+    assert not (tmp_path / "mischief").exists()
+
+
+def test_published_weights_are_unconditional(script, conditional, tiny):
+    assert "unconditional" in error_line(conditional(*SAMPLE, tiny))
+    line = error_line(script(edit, "sds", "--checkpoint", tiny, "--prompt", "a face", "--device", "cpu"))
+    assert "unconditional" in line and "--prompt" in line
