@@ -25,6 +25,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -232,16 +233,20 @@ def ddim_inversion(
 ) -> Tensor:
     """The noise x_T that DDIM takes to x, (B, C, H, W) both, by the same falling timesteps.
 
-    A stride of DDIM from t to s is x_s = stride(x_t, eps_theta(x_t, t)): its inverse is a fixed point of
-    x_t = stride(x_s, eps_theta(x_t, t)), the stride now going up, found by a few iterations from x_s (Song et
-    al. 2021, section 4.3, have one and take eps at s, where no network was trained for s = 0).
+    A stride of DDIM from t to s is x_s = stride(x_t, eps_theta(x_t, t)): its inverse is the fixed point of
+    x_t = stride(x_s, eps_theta(x_t, t)), the stride now going up. A few iterations find it, from where the
+    eps of the stride below leads (Song et al. 2021, section 4.3, stop there; at s = 0, where no network was
+    trained, there is none).
     """
+    eps = torch.zeros_like(x)
     # Start: DDIM inversion
     for s, t in pairwise(reversed(timesteps)):
         ab_s, ab_t = diffusion.alpha_bar[s].item(), diffusion.alpha_bar[t].item()
         at_t, x_s = torch.full((len(x),), t, device=x.device), x
+        x = ddim_stride(x_s, eps, ab_s, ab_t)  # eq. 12 with s and t exchanged
         for _ in range(iterations):
-            x = ddim_stride(x_s, eps_theta(x, at_t), ab_s, ab_t)  # eq. 12 with s and t exchanged
+            eps = eps_theta(x, at_t)
+            x = ddim_stride(x_s, eps, ab_s, ab_t)  # the same with eps at t, as sampling will take it
     return x
     # End
 
@@ -343,7 +348,7 @@ def score_distillation(
         optimizer.step()
         # End
         if step in looks or step == steps:
-            seen.append(parameters.image().detach())
+            seen.append(parameters.image().detach().clone())  # pixels go on changing in place
     return torch.stack(seen)
 
 
@@ -627,7 +632,7 @@ def read_hole(args: argparse.Namespace, size: int) -> Tensor:
             f"{args.mask}, {before[0]}x{before[1]}, is cropped to a square and resized to {side}, nearest"
         )
         mask = ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST)
-    hole = torch.tensor(list(mask.getdata())).view(size, size) >= 128
+    hole = torch.from_numpy(np.asarray(mask) >= 128)
     if not hole.any():
         raise UserError(
             f"--mask {args.mask} has no hole: paint white what is to be filled, black what is to stay"
