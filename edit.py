@@ -437,7 +437,8 @@ class Figure:
     pictures: dict[str, Tensor]
     labels: Sequence[str]
     results: Tensor  # (M, C, H, W)
-    notes: Sequence[str] = ()  # measured, to be printed and written above the pictures
+    notes: Sequence[str] = ()  # what was measured, to be printed
+    caption: Sequence[str] | None = None  # what of it is written above the pictures, if not all
 
 
 @dataclass
@@ -580,7 +581,8 @@ def run_sdedit(job: Job) -> Figure:
     labels = [label for item in items for label in (f"{job.label(item)} noised", f"{job.label(item)} edited")]
     notes = [f"{head}: {d:.4f} from the input, rms of images in [0, 1]" for head, d in far.items()]
     results = torch.stack(list(edited.values()), 1).flatten(0, 1)
-    return Figure({heads[head]: x for head, x in pictures.items()}, labels, results, notes)
+    caption = ["beside each start: how far the result is from the input, rms of images in [0, 1]"]
+    return Figure({heads[head]: x for head, x in pictures.items()}, labels, results, notes, caption)
 
 
 def run_inpaint(job: Job) -> Figure:
@@ -899,7 +901,7 @@ class Task:
 TASKS = {
     "sdedit": Task(run_sdedit, sdedit_flags),
     "inpaint": Task(run_inpaint, inpaint_flags),
-    "anagram": Task(run_anagram, anagram_flags, images=False, draws=10),
+    "anagram": Task(run_anagram, anagram_flags, images=False, scale=(5.0,), draws=10),
     "hybrid": Task(run_hybrid, hybrid_flags, images=False, draws=4),
     "interpolate": Task(run_interpolate, interpolate_flags, scale=(1.0,)),
     "sds": Task(run_sds, sds_flags, images=False, scale=(1.0, 7.5), draws=4),
@@ -1013,7 +1015,8 @@ def main() -> None:
     figure = TASKS[args.task].run(job)
     what = " ".join([args.task, *(getattr(args, dest) for dest in ("view", "problem") if dest in args)])
     told = [what, ddpm.model_name(job.config), made_by(job), f"seed {args.seed}"]
-    caption = "; ".join([", ".join(told), *figure.notes])
+    notes = figure.notes if figure.caption is None else figure.caption
+    caption = "; ".join([", ".join(told), *notes])
     cells = torch.stack(list(figure.pictures.values()), 1).flatten(0, 1)
     grid = utils.make_grid(cells, caption, len(figure.pictures), figure.labels, list(figure.pictures))
     path = utils.save_picture(grid, utils.new_path(folder / f"{args.task}.png", ".png"))
