@@ -490,7 +490,8 @@ class Job:
         if self.y is None:
             eps_theta = self.diffusion.denoiser(self.net)
         else:
-            y, scale = self.y[list(asked)].to(self.device), scale or self.args.guidance_scale[0]
+            scale = self.args.guidance_scale[0] if scale is None else scale
+            y = self.y[list(asked)].to(self.device)
             eps_theta = ddpm_conditional.guided(self.args, self.diffusion, self.net, y, scale)
 
         def watched(x_t: Tensor, t: Tensor) -> Tensor:

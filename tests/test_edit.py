@@ -472,6 +472,17 @@ def test_an_unconditional_model_edits_too(make, runs, tmp_path, task):
     assert result.code == 0, result.err
 
 
+def test_at_scale_0_labels_mean_nothing(make, tmp_path):
+    flags = ["--labels", "3,5", "--draws", 2, "--steps", 3, "--guidance-scale"]
+    for scale in (0, 5):
+        result = make("sds", "ddpm_conditional_digits", *flags, scale, "--out", tmp_path / str(scale))
+        assert result.code == 0, result.err
+    none, much = (np.stack(pictures(tmp_path / scale)).reshape(2, 2, 2, 8, 8) for scale in ("0", "5"))
+    assert (none[:, 0] == none[:, 1]).all() and (
+        much[:, 0] != much[:, 1]
+    ).any()  # (pixels or fourier, label, ...)
+
+
 def test_nothing_is_overwritten(make, runs):
     before = set((runs / "text" / "edits").glob("*")) if (runs / "text" / "edits").exists() else set()
     for _ in range(2):
