@@ -417,7 +417,8 @@ def load_judge(path: str | None, model: Model) -> Judge | None:
 def real_data(args: argparse.Namespace, config: dict) -> utils.Data:
     """The images that a run was trained on; UserError where nobody says which they are."""
     if config["dataset"] is None:
-        raise UserError(f"{config['name']} does not say what it was trained on: give it images with --image")
+        what = f"{config['name']}: published weights do not say what they were trained on"
+        raise UserError(f"{what}; noise, denoise and losses take images with --image")
     choice = {key: config[key] for key in ("image_size", "channels", "limit")}
     root = args.data_root or config["data_root"]
     return utils.get_data(config["dataset"], root, "train", **choice, cache_dir=args.cache_dir)
@@ -1226,8 +1227,12 @@ def evaluate(args: argparse.Namespace) -> Result:
     """Frechet distance, precision, recall and accuracy of runs, beside those of real images."""
     models = [load_model(run, args.device) for run in args.runs]
     same_data(models)
+    if models[0].config["dataset"] is None:
+        raise UserError(
+            f"evaluate compares samples with what a model was trained on: {args.run} does not say"
+        )
     if args.classifier is None:
-        of = "--dataset {dataset} --image-size {image_size}".format(**models[0].config)
+        of = "--image-size {image_size} --dataset {dataset}".format(**models[0].config)
         trained = f"python ddpm_conditional.py --task classifier {of}"
         raise UserError(
             f"evaluate sees images as a classifier does: name one with --classifier RUN ({trained})"
@@ -1286,7 +1291,7 @@ def losses(args: argparse.Namespace) -> Result:
     """The error at each noise level, of every run on the same images and noise, and training curves."""
     models = [load_model(run, args.device) for run in args.runs]
     same_data(models)
-    x_0 = chosen_images(args, args.images, models[0].config)
+    x_0 = chosen_images(args, args.images or 256, models[0].config)
     # Start
     rows, errors, training = [], [], []
     for model in models:
@@ -1491,19 +1496,24 @@ def report(args: argparse.Namespace) -> None:
     common = ["--seed", str(args.seed), "--device", str(args.device), "--cache-dir", args.cache_dir]
     common += ["--data-root", args.data_root] if args.data_root else []
     judge, pages, missing = ["--classifier", args.classifier] if args.classifier else [], [], None
-    of = {key: str(model.config[key]) for key in ("noise_steps", "dataset", "image_size")}
+    of = {key: str(model.config.get(key)) for key in ("noise_steps", "dataset", "image_size", "data_root")}
     steps = ["--noise-steps", of["noise_steps"]]
     same = {"schedules": steps, "weights": steps}
-    same["forward"] = [*steps, "--dataset", of["dataset"], "--image-size", of["image_size"]]
-    if not args.data_root:
-        same["forward"] += ["--data-root", str(model.config["data_root"])]
+    same["forward"] = [*steps, "--image-size", of["image_size"]]
+    seen = {}  # the user's images, where a study takes some
+    if args.image:
+        same["forward"] += ["--image", args.image[0]]
+        seen = {name: ["--image", *args.image] for name in ("noise", "denoise", "losses")}
+    elif model.config["dataset"] is not None:
+        same["forward"] += ["--dataset", of["dataset"]]
+        same["forward"] += [] if args.data_root else ["--data-root", of["data_root"]]
     # Start
     for name, study in STUDIES.items():
         if study.run is report:
             continue
         print(f"\n{name}")
         try:
-            of_run = [args.run] if study.most else same[name]
+            of_run = ["--checkpoint", args.run, *seen.get(name, [])] if study.most else same[name]
             result = study.run(parse([name, *of_run, *common, *(judge if study.judged else [])]))
             figure, error = publish(name, result, str(folder))
             missing = missing or error
@@ -1649,13 +1659,9 @@ def evaluate_flags(add: Callable) -> None:
 
 
 def losses_flags(add: Callable) -> None:
-    add(
-        "--images",
-        type=whole(1),
-        default=256,
-        metavar="N",
-        help="training images that errors are measured on",
-    )
+    add_image(add)
+    many = "training images that errors are measured on (default: 256)"
+    add("--images", type=whole(1), metavar="N", help=many)
     add_batch(add)
 
 
@@ -1678,6 +1684,7 @@ def score_flags(add: Callable) -> None:
 
 
 def report_flags(add: Callable) -> None:
+    add_image(add)
     add_judge(add)
 
 

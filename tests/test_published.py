@@ -181,8 +181,21 @@ def test_studies_and_edits_take_published_weights(tmp_path, script, tiny):
     assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/edits/restore.png").is_file(), result.err
 
 
-def test_a_study_asks_for_the_images_that_nobody_named(script, tiny):
-    assert "--image" in error_line(script(analysis, "noise", tiny))
+@pytest.mark.parametrize("study", ["noise", "denoise", "losses", "evaluate"])
+def test_a_study_tells_what_nobody_knows_of_published_weights(script, tiny, study):
+    line = error_line(script(analysis, study, tiny))
+    assert "trained on" in line and "None" not in line
+
+
+def test_a_report_shows_published_weights_on_images_of_the_user(tmp_path, script, tiny, monkeypatch):
+    """Studies that need no training images work; the others are left out by name."""
+    Image.effect_noise((40, 30), 90).save("photo.png")
+    fast = ("weights", "forward", "denoise", "losses", "evaluate", "guidance", "report")
+    monkeypatch.setattr(analysis, "STUDIES", {name: analysis.STUDIES[name] for name in fast})
+    result = script(analysis, "report", tiny, "--image", "photo.png", "--device", "cpu")
+    assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/report.pdf").is_file(), result.err
+    left_out = {line.split()[1] for line in result.err.splitlines() if "is left out" in line}
+    assert left_out == {"evaluate", "guidance"}, result.err
 
 
 # ------------------------------------------------------------------------------------------------------------
