@@ -1232,7 +1232,7 @@ def evaluate(args: argparse.Namespace) -> Result:
             f"evaluate compares samples with what a model was trained on: {args.run} does not say"
         )
     if args.classifier is None:
-        of = "--image-size {image_size} --dataset {dataset}".format(**models[0].config)
+        of = "--dataset {dataset} --image-size {image_size}".format(**models[0].config)
         trained = f"python ddpm_conditional.py --task classifier {of}"
         raise UserError(
             f"evaluate sees images as a classifier does: name one with --classifier RUN ({trained})"
