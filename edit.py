@@ -828,7 +828,7 @@ def box(text: str) -> list[int]:
 
 
 def sdedit_flags(add: Callable) -> None:
-    starts = "where to start among the strides, 0 being the first: the larger, the more of the image is kept"
+    starts = "where to start among 990, 960, ..., 0 (or --sample-steps), 0 being the first: later keeps more"
     add("--i-start", type=utils.listed(whole(0)), metavar="LIST", help=f"{starts} (default: 1,3,5,7,10,20)")
     share = "instead: the noise level to start from, as a share of T"
     add("--strength", type=utils.listed(real(0, 1, above=True)), metavar="LIST", help=share)
@@ -950,7 +950,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         ddpm_conditional.add_guidance_options(add)
         add = sub.add_argument_group("sampling").add_argument
-        ddpm.add_sampler_flags(add, "that of the run's previews")
+        ddpm.add_sampler_flags(add, "ddim" if name == "interpolate" else "that of the run's previews")
         add("--batch-size", type=whole(1), default=64, metavar="IMAGES", help="through the network at once")
         add("--out", metavar="DIR", help="also write one PNG per result there")
         utils.add_machine_flags(sub)
@@ -978,6 +978,11 @@ def make_job(args: argparse.Namespace) -> Job:
         raise UserError("--guidance-scale: one scale, please; only sds compares several")
     if args.task == "inpaint" and (args.mask is None) == (args.box is None):
         raise UserError("inpaint needs to know where: --box x,y,w,h, or --mask FILE, one of them")
+    if args.task == "inpaint" and "jump" in args.typed and args.resample == 1:
+        raise UserError("--jump is of RePaint: add --resample 2 or more, or leave it out")
+    told_nothing = not args.labels and not args.prompt
+    for dest in args.typed & ddpm_conditional.HOW_TO_GUIDE if told_nothing else ():
+        raise UserError(f"{utils.flag(dest)} goes with --labels or --prompt, what to guide towards")
     if args.task == "sdedit" and args.i_start and args.strength:
         raise UserError("--i-start and --strength both say where to start: leave one out")
     device = utils.get_device(args.device)

@@ -582,6 +582,8 @@ def test_the_classifier_names_what_was_made(make, runs):
             "--eta belongs",
         ),
         ("inpaint", "ddpm_digits", ["--box", "0,0,4,4", "--sample-steps", "50"], "noise steps"),
+        ("inpaint", "ddpm_digits", ["--box", "0,0,4,4", "--jump", "2"], "--resample"),
+        ("sdedit", "ddpm_digits", ["--guidance-scale", "2"], "--labels or --prompt"),
         ("sdedit", "ddpm_digits", ["--i-start", "40"], "--i-start"),
         ("sdedit", "ddpm_digits", ["--i-start", "1", "--strength", "0.5"], "leave one out"),
         ("sdedit", "ddpm_digits", ["--strength", "1.5"], "at most 1"),
