@@ -368,13 +368,6 @@ class Model:
         return clip_x_0(self.diffusion, guided)
 
 
-def without_condition(model: Model) -> None:
-    """A note that a conditional model is studied as it is without its condition."""
-    if model.config["kind"] == "ddpm_conditional":
-        never = " (which it never learned)" if model.config.get("p_uncond") == 0 else ""
-        utils.note(f"{model.path} is conditional: here it is told nothing, the null condition{never}")
-
-
 def load_model(path: str, device: torch.device, kinds: Sequence[str] = ("ddpm", "ddpm_conditional")) -> Model:
     return Model(path, *ddpm.load_network(path, device, kinds), device)
 
@@ -850,7 +843,7 @@ def noise(args: argparse.Namespace) -> Result:
     # Start
     model = load_model(args.run, args.device)
     diffusion, judge = model.diffusion, load_judge(args.classifier, model)
-    without_condition(model)
+    ddpm_conditional.without_condition(model.path, model.config)
     x_0 = chosen_images(args, args.images or 16, model.config)  # (B, C, H, W)
     named = judge and judge.p(x_0).argmax(1)
     mean = 0.0 if args.image or len(x_0) == 1 else x_0.mean(0)  # what all of them share; else mid-gray
@@ -959,7 +952,7 @@ def denoise(args: argparse.Namespace) -> Result:
     first = next(iter(models + denoisers), None)
     same_data(models + denoisers)
     for model in models:
-        without_condition(model)
+        ddpm_conditional.without_condition(model.path, model.config)
         if args.schedule:
             raise UserError("--schedule comes from the run: leave it out")
     x_0 = chosen_images(args, args.images or 16, first and first.config)
@@ -1051,7 +1044,7 @@ def samplers(args: argparse.Namespace) -> Result:
     """The same starting noise through every sampler in 5 to T steps, and on other schedules."""
     model = load_model(args.run, args.device)
     T, trained, judge = model.diffusion.T, model.config["schedule"], load_judge(args.classifier, model)
-    without_condition(model)
+    ddpm_conditional.without_condition(model.path, model.config)
     few = 8  # images that are compared one by one
     if judge:
         data = labelled_data(args, model.config)
@@ -1295,7 +1288,7 @@ def losses(args: argparse.Namespace) -> Result:
     # Start
     rows, errors, training = [], [], []
     for model in models:
-        without_condition(model)
+        ddpm_conditional.without_condition(model.path, model.config)
         diffusion = model.diffusion
         levels = sorted({at(t, diffusion.T) for t in (1, 10, *range(40, 1001, 40))})
         of_model = []
@@ -1408,7 +1401,7 @@ def score(args: argparse.Namespace) -> Result:
         {"data": "Swiss roll", "sampler": "real", "n": n, **quality(more.flatten(1), data.flatten(1))}
     )
     if model:
-        without_condition(model)
+        ddpm_conditional.without_condition(model.path, model.config)
         n = 16
         if judge:
             images = labelled_data(args, model.config)
@@ -1790,7 +1783,7 @@ def make_parser() -> argparse.ArgumentParser:
         sub = studies.add_parser(name, help=what, description=what)
         add = sub.add_argument
         if study.most:
-            add("runs", nargs="*", metavar="RUN", help="a run's folder, or its ckpt.pt")
+            add("runs", nargs="*", metavar="RUN", help="a run's folder, or published weights")
             add("--checkpoint", action="append", metavar="RUN", help="the same, as a flag")
         study.add_flags(add)
         add(

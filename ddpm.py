@@ -605,7 +605,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = "sampling (the sampler, its options and the clipping also serve the previews)"
     add = parser.add_argument_group(group).add_argument
     add("--sample", type=whole(1), metavar="N", help="draw N images from a checkpoint instead of training")
-    add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or its ckpt.pt")
+    add("--checkpoint", metavar="RUN", help="--sample: a run's folder, or published weights")
     add_sampler_flags(add, "ddim, ddpm for shapes; with --sample what the run's previews used")
     add("--out", metavar="DIR", help="--sample: also write one PNG per image there, for FID tools")
     add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
@@ -804,24 +804,25 @@ def load_network(
     Either is called as `net(x_t, t, y=None)` with t in 1..T. `path` is a run's folder or its ckpt.pt, or the
     folder or the weights file of a published DDPM (utils.load_published). `config` holds the settings and
     what the checkpoint says besides: "kind", "epoch", "class_names", ... UserError where it is no checkpoint
-    of these kinds (a published one is of kind "ddpm"), or does not hold what its settings describe.
+    of these kinds (a published one counts as "ddpm"), or does not hold what its settings describe.
     """
     file = utils.published_file(path)
     if file and "ddpm" not in kinds:
         what = f"{path} holds the published weights of an unconditional model"
         raise UserError(f"{what}: a run of kind {kinds[0]!r} is needed here")
-    if file:
-        config, weights = utils.load_published(file)
-    else:
-        checkpoint = utils.load_checkpoint(path, *kinds)
-        config = {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}
-        weights = {key: (key, value) for key, value in checkpoint["ema"].items()}
+    checkpoint = None if file else utils.load_checkpoint(path, *kinds)
     try:
+        if file:
+            config, weights = utils.load_published(file)
+        else:
+            config = {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}
+            weights = {key: (key, value) for key, value in checkpoint["ema"].items()}
         net = make_net(config)
         fill(net, weights)
         return place(net, torch.device(device)).eval(), make_diffusion(config), config
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not hold the network that its settings describe: {error}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
+        why = str(error).splitlines()[0]
+        raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
 
 
 def fill(net: torch.nn.Module, weights: dict[str, tuple[str, Tensor]]) -> None:

@@ -473,10 +473,15 @@ def check_guidance_flags(args: argparse.Namespace) -> None:
         raise UserError("--guidance classifier needs --classifier RUN, a run of --task classifier")
     if args.init and args.resume:
         raise UserError("--init is for a new run, --resume goes on with one: leave one out")
-    if len({f"{scale:g}" for scale in args.guidance_scale}) < len(args.guidance_scale):
-        raise UserError("--guidance-scale lists the same scale twice")
+    check_scales(args)
     if args.sample is None and len(args.guidance_scale) > 1:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
+
+
+def check_scales(args: argparse.Namespace) -> None:
+    """UserError for a scale that --guidance-scale lists twice, or an interval the wrong way round."""
+    if len({f"{scale:g}" for scale in args.guidance_scale}) < len(args.guidance_scale):
+        raise UserError("--guidance-scale lists the same scale twice")
     if args.guidance_interval and args.guidance_interval[0] > args.guidance_interval[1]:
         raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
 
@@ -485,6 +490,13 @@ def check_interval(args: argparse.Namespace, T: int) -> None:
     """UserError for a --guidance-interval that leaves 1..T."""
     if args.guidance_interval and args.guidance_interval[1] > T:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
+
+
+def without_condition(path: str, config: dict) -> None:
+    """A note that a conditional model is used as it is without its condition."""
+    if config["kind"] == "ddpm_conditional":
+        never = " (which it never learned)" if config.get("p_uncond") == 0 else ""
+        utils.note(f"{path} is conditional: here it is told nothing, the null condition{never}")
 
 
 def guided(

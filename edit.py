@@ -53,7 +53,7 @@ def sdedit(
     timesteps: Sequence[int],
     generator: Generators = None,
 ) -> Tensor:
-    """x_0 (B, C, H, W) noised to timesteps[0] and denoised from there (Meng et al. 2022, Algorithm 1)."""
+    """x_0 (B, C, H, W) noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
     # Start: SDEdit
     t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
     x_t, _ = diffusion.noise_images(x_0, t, generator)  # the later the start, the more of the image is kept
@@ -137,7 +137,7 @@ class View:
 
 
 def anagram(eps_1: Denoiser, eps_2: Denoiser, view: View) -> Denoiser:
-    """The mean of what one denoiser says of x_t and another of its view (Geng et al. 2024, eq. 3)."""
+    """The mean of what one denoiser says of x_t and another of its view (Geng et al. 2024, section 3)."""
 
     def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
         return (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
@@ -214,7 +214,7 @@ def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
 
 def hybrid(eps_1: Denoiser, eps_2: Denoiser, sigma: float | None = None) -> Denoiser:
     """`G eps_1 + eps_2 - G eps_2`: coarse things from one denoiser, fine ones from another (Factorized
-    Diffusion, Geng et al. 2024, section 3.2)."""
+    Diffusion, Geng et al. 2024, section 3)."""
 
     def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
         coarse, fine = eps_1(x_t, t), eps_2(x_t, t)
@@ -364,7 +364,7 @@ class Measurement:
     inverse: Callable[[Tensor], Tensor]
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """A+ y + (I - A+ A) x: the image nearest to x with A x = y (DDNM, eq. 8)."""
+        """A+ y + (I - A+ A) x: the image nearest to x with A x = y (DDNM, section 3)."""
         return x + self.inverse(y - self.A(x))
 
 
@@ -387,8 +387,10 @@ def colourise(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
 
 def super_resolve(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
     """A: the mean of each factor x factor pixels."""
-    if shape[-1] % args.factor or args.factor == shape[-1]:
-        raise UserError(f"--factor {args.factor} does not divide {shape[-1]} pixels: choose another")
+    near = [n for n in range(2, shape[-1]) if shape[-1] % n == 0]
+    if args.factor not in near:
+        possible = ", ".join(map(str, near))
+        raise UserError(f"--factor {args.factor}: for {shape[-1]} pixels it is one of {possible or 'none'}")
     enlarge = partial(F.interpolate, scale_factor=args.factor, mode="nearest")
     return Measurement(partial(F.avg_pool2d, kernel_size=args.factor), enlarge)
 
@@ -454,6 +456,7 @@ class Job:
     y: Tensor | None  # (R, ...), None where the model is told nothing
     images: Tensor | None = None  # (N, C, H, W) in [-1, 1]
     judge: torch.nn.Module | None = None
+    measurement: Measurement | None = None
     bar: tqdm | None = None
     seen: dict[int, Tensor] = field(default_factory=dict)  # x_t (B, C, H, W) at those t that are shown
     shown: Sequence[int] = ()
@@ -560,7 +563,8 @@ def run_sdedit(job: Job) -> Figure:
         last = len(timesteps) - 2
         if args.i_start and max(args.i_start) > last:
             raise UserError(f"--i-start {max(args.i_start)}: there are {last + 1} strides, the first is 0")
-        starts = {f"i_start {i}": timesteps[i] for i in args.i_start or I_STARTS if i <= last}
+        chosen = args.i_start or [i for i in I_STARTS if i <= last] or [0]
+        starts = {f"i_start {i}": timesteps[i] for i in chosen}
     ways = {
         f"{name}, t = {start}": [start, *(t for t in timesteps if t < start)]
         for name, start in starts.items()
@@ -623,17 +627,16 @@ def read_hole(args: argparse.Namespace, size: int) -> Tensor:
         hole[y : y + h, x : x + w] = True
         return hole
     try:
-        with Image.open(args.mask, formats=utils.IMAGE_FORMATS) as picture:
-            mask, before = ImageOps.exif_transpose(picture).convert("L"), picture.size
+        with utils.open_image(Path(args.mask), size) as picture:
+            before = picture.size
+        mask = utils.upright(Path(args.mask), size, 1, "black")  # what is transparent was not painted
     except FileNotFoundError:
         raise UserError(f"--mask {args.mask}: there is no such file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         raise UserError(f"--mask {args.mask} can't be read as an image: {error}") from None
     if before != (size, size):
-        side = f"{size}x{size}"
-        utils.note(
-            f"{args.mask}, {before[0]}x{before[1]}, is cropped to a square and resized to {side}, nearest"
-        )
+        what = f"{args.mask}, {before[0]}x{before[1]}"
+        utils.note(f"{what}, is cropped to a square and resized to {size}x{size}, nearest")
         mask = ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST)
     hole = torch.from_numpy(np.asarray(mask) >= 128)
     if not hole.any():
@@ -738,7 +741,7 @@ def run_interpolate(job: Job) -> Figure:
         for i, (x_0, x) in enumerate(ends, start=1)
     ]
     columns = {
-        f"u = {u / (args.frames - 1):.2g}": torch.stack([found["x_T"][u], found["x_0"][u]])
+        f"u = {u}/{args.frames - 1}": torch.stack([found["x_T"][u], found["x_0"][u]])
         for u in range(args.frames)
     }
     first, last = (torch.stack([x_0, x_0]) for x_0 in job.images)
@@ -787,7 +790,7 @@ def run_sds(job: Job) -> Figure:
 def run_restore(job: Job) -> Figure:
     """Colourise, deblur or enlarge an image (DDNM)."""
     args, diffusion, items = job.args, job.diffusion, job.items()
-    measurement, off = PROBLEMS[args.problem](args, job.shape), []
+    measurement, off = job.measurement, []
     timesteps = diffusion.timesteps(args.sample_steps)
     job.show(timesteps)
 
@@ -798,18 +801,19 @@ def run_restore(job: Job) -> Figure:
         eps_theta = ddnm(diffusion, job.denoiser([item.asked for item in items]), measurement, y)
         x = job.sampler(diffusion, eps_theta, job.noise(generators), timesteps, generators)
         x = measurement.project(x, y)  # exactly, whatever sampler and clipping did
-        off.append((measurement.A(x) - y).abs().max().item())
+        off.append((measurement.A(x.clamp(-1, 1)) - y).abs().max().item() / 2)  # as a file has it
         seen = y if y.shape == x.shape else measurement.inverse(y)
         inverse = {"A+ y": measurement.inverse(y)} if args.problem == "deblur" else {}
         original = {} if args.degraded else {"input": given}
         return {**original, "measured": seen, **inverse, **job.steps(), "result": x}
 
     pictures = job.batches(items, job.evaluations(timesteps), edit)
-    notes = [f"the result's own measurement is within {max(off):.1g} of the one given"]
+    notes = [f"the result's own measurement is within {max(off):.2g} of the one given, in [0, 1]"]
     if not args.degraded:
         for head in ("measured", "A+ y", "result"):
             if head in pictures:
-                notes.append(f"{head}: PSNR {psnr(pictures[head], pictures['input']).mean():.2f} dB")
+                dB = psnr(pictures[head].clamp(-1, 1), pictures["input"]).mean()
+                notes.append(f"{head}: PSNR {dB:.2f} dB")
     return Figure(pictures, [job.label(item) for item in items], pictures["result"], notes)
 
 
@@ -850,7 +854,7 @@ def anagram_flags(add: Callable) -> None:
 
 def hybrid_flags(add: Callable) -> None:
     sigma = "of the Gaussian that parts low from high, in pixels (default: 2 for 64 pixels, and as much)"
-    add("--sigma", type=real(0, above=True), metavar="S", help=sigma)
+    add("--sigma", type=real(0.1), metavar="S", help=sigma)
 
 
 def interpolate_flags(add: Callable) -> None:
@@ -885,7 +889,7 @@ def restore_flags(add: Callable) -> None:
     add("--problem", choices=list(PROBLEMS), default="super_resolve", metavar="NAME", help=what)
     add("--factor", type=whole(2), default=4, metavar="N", help="--problem super_resolve: N times larger")
     sigma = "--problem deblur: of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
-    add("--blur-sigma", type=real(0, above=True), metavar="S", help=sigma)
+    add("--blur-sigma", type=real(0.1), metavar="S", help=sigma)
     given = "the images are gray, blurred or small already (default: they are whole, and made so first)"
     add("--degraded", action="store_true", help=given)
 
@@ -960,6 +964,7 @@ def make_parser() -> argparse.ArgumentParser:
 def asked_for(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor | None]:
     """What the model is asked for, names and y (R, ...); [""] and None where it is told nothing."""
     if not args.labels and not args.prompt:
+        ddpm_conditional.without_condition(args.checkpoint, config)
         return [""], None
     if config["kind"] != "ddpm_conditional":
         raise UserError(
@@ -974,6 +979,7 @@ def asked_for(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor
 def make_job(args: argparse.Namespace) -> Job:
     """Load what the command line names; UserError where that does not go together."""
     ddpm.check_owners(args, {owner: flags for owner, flags in FLAG_OWNERS.items() if owner in args})
+    ddpm_conditional.check_scales(args)
     if args.task != "sds" and len(args.guidance_scale) > 1:
         raise UserError("--guidance-scale: one scale, please; only sds compares several")
     if args.task == "inpaint" and (args.mask is None) == (args.box is None):
@@ -994,10 +1000,11 @@ def make_job(args: argparse.Namespace) -> Job:
     ddpm_conditional.check_interval(args, diffusion.T)
     job = Job(args, net, diffusion, config, device, *asked_for(args, config))
     if TASKS[args.task].images:
-        size, factor = config["image_size"], 1
-        if args.task == "restore" and args.degraded and args.problem == "super_resolve":
-            factor = args.factor
-        job.images = utils.read_images(args.image, size // factor, config["channels"])
+        size = config["image_size"]
+        if args.task == "restore":
+            job.measurement = PROBLEMS[args.problem](args, job.shape)
+            size //= args.factor if args.degraded and args.problem == "super_resolve" else 1
+        job.images = utils.read_images(args.image, size, config["channels"])
     if getattr(args, "classifier", None):
         same = ddpm_conditional.SAME_DATA
         job.judge = ddpm_conditional.load_classifier(args.classifier, config, device, same)

@@ -611,8 +611,8 @@ def open_image(image: Path | Scene | np.ndarray, size: int) -> Image.Image:
     )
 
 
-def read_image(image: Path | Scene | np.ndarray, size: int, channels: int) -> np.ndarray:
-    """One image, upright, on white, short side scaled to `size` and center-cropped; -> (C, size, size) uint8.
+def upright(image: Path | Scene | np.ndarray, size: int, channels: int, paper: str = "white") -> Image.Image:
+    """One image, gray or RGB in 8 bits, upright, laid on paper of a colour; of at least `size` if it was.
 
     Raises OSError, ValueError or what else Pillow raises on a file that is no image.
     """
@@ -627,10 +627,17 @@ def read_image(image: Path | Scene | np.ndarray, size: int, channels: int) -> np
             picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
         if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB" if channels == 3 else "L")
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture)
+        return picture.convert("RGB" if channels == 3 else "L")
+
+
+def read_image(image: Path | Scene | np.ndarray, size: int, channels: int) -> np.ndarray:
+    """One image on white, short side scaled to `size` and center-cropped; -> (C, size, size) uint8.
+
+    Raises what `upright` raises.
+    """
+    picture = ImageOps.fit(upright(image, size, channels), (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 
 NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
@@ -896,6 +903,9 @@ def checkpoint_file(path: str | Path) -> Path:
     path = Path(path)
     file = path / "ckpt.pt" if path.is_dir() else path
     if not file.is_file():
+        if path.is_dir() and (path / "config.json").is_file():
+            names = " or ".join(("ckpt.pt", *PUBLISHED_FILES))
+            raise UserError(f"{path} holds no weights: there is no {names}")
         raise UserError(
             f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt"
         )
@@ -905,7 +915,13 @@ def checkpoint_file(path: str | Path) -> Path:
 def run_folder(path: str | Path) -> Path:
     """Where what is made with a checkpoint is kept: its run's folder, or runs/NAME for published weights."""
     file = published_file(path)
-    return Path("runs") / file.absolute().parent.name if file else checkpoint_file(path).parent
+    return Path("runs") / published_name(file.parent) if file else checkpoint_file(path).parent
+
+
+def published_name(folder: Path) -> str:
+    """What a folder of published weights is called, that of the pipeline where it is its unet/."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent.name if folder.name == "unet" else folder.name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -975,12 +991,14 @@ def load_published(file: Path) -> tuple[dict, dict[str, tuple[str, torch.Tensor]
     it is in theirs. Raises UserError where it describes another network or noise, or a file is damaged.
     """
     config = published_config(file.parent / "config.json")
-    for folder in (file.parent, file.parent.parent / "scheduler"):
+    for folder in (file.parent, file.parent / ".." / "scheduler"):
         if (folder / "scheduler_config.json").is_file():
             path = folder / "scheduler_config.json"
             check_fields(path, read_json(path), PUBLISHED_SCHEDULER)
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in weights.items()
+    ):
         raise UserError(f"{file} holds no weights: get it again")
     return config, {our_name(name): (name, as_convolution(name, w)) for name, w in weights.items()}
 
@@ -992,31 +1010,43 @@ def published_config(path: Path) -> dict:
     for name in needed:
         if name not in theirs:
             raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
+    theirs = {"norm_num_groups": 32, "norm_eps": 1e-6, "attention_head_dim": None, **theirs}
     widths, down, channels, blocks, size = (theirs[name] for name in needed)
-    groups, head = theirs.get("norm_num_groups", 32), theirs.get("attention_head_dim")
-    try:
-        attention = [level for level, kind in enumerate(down) if level and kind == "AttnDownBlock2D"]
-        kinds = ["Attn" * (level in attention) for level in range(len(widths))]
-        one_head = {widths[level] for level in (*attention, -1)} == {head}
-        even = isinstance(size, int) and size % 2 ** (len(widths) - 1) == 0
-        multiples = all(width % widths[0] == 0 and width % groups == 0 for width in widths)
-    except (TypeError, IndexError, ZeroDivisionError):
-        raise UserError(f"{path} does not describe a network of this kind") from None
+    groups, eps, head = (theirs[name] for name in ("norm_num_groups", "norm_eps", "attention_head_dim"))
+
+    def numbers(*values: object) -> bool:
+        return all(type(value) is int and 0 < value < 2**16 for value in values)
+
+    def need(name: str, fits: object, what: str) -> None:
+        check_fields(path, theirs, {name: theirs[name] if fits else what})
+
+    need("block_out_channels", isinstance(widths, list) and widths and numbers(*widths), "whole numbers")
+    need("norm_num_groups", numbers(groups), "a whole number")
+    need("norm_eps", type(eps) is float and 0 < eps < 1, "a number such as 1e-6")
+    need("layers_per_block", numbers(blocks), "a whole number")
+    need("in_channels", channels in (1, 3) and numbers(channels), "3, or 1 for gray images")
+    multiples = all(width % widths[0] == 0 and width % groups == 0 for width in widths)
+    need("block_out_channels", multiples, "multiples of the first and of norm_num_groups")
+    divisor = 2 ** (len(widths) - 1)
+    need("sample_size", numbers(size) and size % divisor == 0, f"a number divisible by {divisor}")
+    need("down_block_types", isinstance(down, list) and len(down) == len(widths), "a type for each level")
+
+    attention = [level for level, kind in enumerate(down) if level and kind == "AttnDownBlock2D"]
+    kinds = ["Attn" * (level in attention) for level in range(len(widths))]
+    one_head = {widths[level] for level in (*attention, -1)} == ({head} if numbers(head) else None)
     wanted = {
         **PUBLISHED_FIELDS,
-        "attention_head_dim": head if one_head else None,
-        "block_out_channels": widths if multiples else "multiples of the first and of norm_num_groups",
+        "attention_head_dim": head if one_head else None,  # one head may be told by its width
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in kinds[::-1]],
         "out_channels": channels,
-        "sample_size": size if even else f"a number divisible by {2 ** (len(widths) - 1)}",
     }
     check_fields(path, theirs, wanted)
     return {
-        **{"kind": "published", "name": path.absolute().parent.name, "dataset": None, "class_names": None},
+        **{"kind": "published", "name": published_name(path.parent), "dataset": None, "class_names": None},
         **{"image_size": size, "channels": channels, "width": widths[0], "blocks": blocks},
         **{"multipliers": [width // widths[0] for width in widths], "attention": attention, "dropout": 0.0},
-        **{"norm_groups": groups, "norm_eps": theirs.get("norm_eps", 1e-6), "sampler": "ddim"},
+        **{"norm_groups": groups, "norm_eps": eps, "sampler": "ddim"},
         **{"noise_steps": 1000, "schedule": "linear", "prediction": "eps", "weighting": None},
     }
 
@@ -1037,7 +1067,7 @@ def read_json(path: Path) -> dict:
         raise UserError(
             f"{path} is missing: weights need the config.json that was published with them"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: get it again")
@@ -1082,6 +1112,8 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 def read_tensor(data: bytes, start: int, entry: dict) -> torch.Tensor:
     """The tensor that an entry of a safetensors header describes, its data counted from `start`."""
     begin, end = (start + offset for offset in entry["data_offsets"])
+    if begin < start:
+        raise ValueError("a negative offset")
     values = torch.frombuffer(bytearray(data[begin:end]), dtype=SAFETENSORS_TYPES[entry["dtype"]])
     return values.reshape(entry["shape"]).float()
 

@@ -103,13 +103,24 @@ def test_inpainting_has_the_moments_of_its_recursion(sampler, resample, jump):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_resampling_brings_the_hole_nearer_to_the_conditional(sampler):
+    """Both of what is computed, over many more returns, and of what edit.inpaint draws."""
     diffusion = Diffusion(T, "cosine")
     way, bias = diffusion.timesteps(50), []
     for resample in (1, 2, 5, 20):
-        mean, _ = inpainting_recursion(diffusion, sampler, way, resample)
+        mean, variance = inpainting_recursion(diffusion, sampler, way, resample)
+        assert CONDITIONAL_VARIANCE / 2 < variance < SIGMA[1, 1]
         bias.append(abs(mean - CONDITIONAL_MEAN))
     assert bias == sorted(bias, reverse=True)
     assert bias[-1] < bias[0] / 5
+
+    n, drawn = 20_000, []
+    for resample in (1, 5):
+        generator = torch.Generator().manual_seed(0)
+        x_T = torch.randn(n, 1, 1, 2, dtype=torch.float64, generator=generator)
+        x_0 = torch.full((n, 1, 1, 2), KNOWN, dtype=torch.float64)
+        of = (diffusion, SAMPLERS[sampler], ideal(diffusion), x_T, way, x_0, HOLE, generator, resample)
+        drawn.append(abs(edit.inpaint(*of)[..., 1].mean().item() - CONDITIONAL_MEAN))
+    assert drawn[1] < drawn[0] / 2
 
 
 def test_a_sampler_takes_the_plain_way_in_one_piece():
@@ -370,22 +381,41 @@ def test_a_measurement_and_its_pseudo_inverse(problem, shape, flags):
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
-def test_restoring_with_the_ideal_denoiser_finds_the_conditional_mean(sampler):
-    """A = the first pixel: in one evaluation at t = T, where x_t says almost nothing, x_0 = E[x_0]."""
-    diffusion = Diffusion(1000, "cosine")
-    keep = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
-    first = edit.Measurement(lambda x: x * keep, lambda y: y * keep)
-    y = torch.full((4, 1, 1, 2), KNOWN, dtype=torch.float64) * keep
+def test_what_was_measured_is_kept(sampler):
+    """A = the first pixel. From t = T, where x_t says almost nothing, one stride leads the other to its mean."""
+    diffusion, (measurement, y) = Diffusion(1000, "cosine"), first_pixel()
     x_T = torch.randn(4, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    eps_theta = edit.ddnm(diffusion, ideal(diffusion), first, y)
+    eps_theta = edit.ddnm(diffusion, ideal(diffusion), measurement, y)
     x = SAMPLERS[sampler](diffusion, eps_theta, x_T, [1000, 0], torch.Generator().manual_seed(0))
     assert torch.allclose(x[..., 0], y[..., 0], atol=1e-6)
     assert torch.allclose(x[..., 1], MU[1].expand(4, 1, 1), atol=0.05)
-    x = SAMPLERS[sampler](
-        diffusion, eps_theta, x_T, diffusion.timesteps(50), torch.Generator().manual_seed(0)
-    )
+    way = diffusion.timesteps(50)
+    x = SAMPLERS[sampler](diffusion, eps_theta, x_T, way, torch.Generator().manual_seed(0))
     if sampler != "pndm":  # which goes along an extrapolated eps: run_restore projects once more
         assert torch.allclose(x[..., 0], y[..., 0], atol=1e-6)
+
+
+def first_pixel():
+    """The measurement of the first of two pixels, and what it gave: inpainting, as DDNM sees it."""
+    keep = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
+    y = torch.full((1, 1, 1, 2), KNOWN, dtype=torch.float64) * keep
+    return edit.Measurement(lambda x: x * keep, lambda y: y * keep), y
+
+
+def test_restoring_has_the_mean_of_its_recursion():
+    """DDIM is affine in x_T, so from x_T = 0 it gives the mean, that of DDNM, Algorithm 1, step by step."""
+    diffusion, (measurement, y) = Diffusion(T, "cosine"), first_pixel()
+    way, x = diffusion.timesteps(20), torch.zeros(2, dtype=torch.float64)
+    for t, s in pairwise(way):
+        ab_t, ab_s = diffusion.alpha_bar[t], diffusion.alpha_bar[s]
+        eps = gain(diffusion, t) @ (x - ab_t.sqrt() * MU)
+        x_0 = (x - (1 - ab_t).sqrt() * eps) / ab_t.sqrt()
+        x_0[0] = KNOWN  # A+ y + (I - A+ A) x_0
+        x = ab_s.sqrt() * x_0 + (1 - ab_s).sqrt() * (x - ab_t.sqrt() * x_0) / (1 - ab_t).sqrt()
+    eps_theta = edit.ddnm(diffusion, ideal(diffusion), measurement, y)
+    found = ddpm.ddim(diffusion, eps_theta, torch.zeros(1, 1, 1, 2, dtype=torch.float64), way)
+    assert torch.allclose(found.flatten(), x, atol=1e-9)
+    assert MU[1] + 0.1 < found[..., 1].item() < CONDITIONAL_MEAN + 0.1  # it has heard of the first pixel
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -519,6 +549,36 @@ def test_a_mask_is_a_box_that_was_painted(make, runs, tmp_path):
     assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
 
 
+def test_masks_are_read_as_they_were_painted(make, runs, tmp_path):
+    """16 bits are not cut off at 8, and what is transparent was not painted."""
+    hole = np.zeros((8, 8), dtype=bool)
+    hole[1:6, 2:5] = True
+    masks = {
+        "l": Image.fromarray((255 * hole).astype(np.uint8)),
+        "i": Image.fromarray(np.where(hole, 65535, 3000).astype(np.uint16)),
+        "la": Image.merge(
+            "LA", [Image.new("L", (8, 8), 255), Image.fromarray((255 * hole).astype(np.uint8))]
+        ),
+    }
+    found = []
+    for name, mask in masks.items():
+        mask.save(tmp_path / f"{name}.png")
+        flags = [*images_for("inpaint", runs, 1), "--mask", f"{name}.png", "--out", tmp_path / name]
+        assert make("inpaint", "ddpm_digits", *flags).code == 0
+        found += pictures(tmp_path / name)
+    assert (found[0] == found[1]).all() and (found[0] == found[2]).all()
+
+
+def test_one_stride_has_a_start_too(make, runs):
+    result = make("sdedit", "ddpm_digits", *images_for("sdedit", runs), "--sample-steps", 1)
+    assert result.code == 0 and "i_start 0" in result.out, result.err
+
+
+def test_a_conditional_model_told_nothing_is_noted(make, runs):
+    result = make("restore", "ddpm_conditional_digits", *images_for("restore", runs))
+    assert result.code == 0 and "told nothing" in result.err
+
+
 def test_sdedit_starts_later_and_keeps_more(make, runs):
     result = make("sdedit", "ddpm_digits", *images_for("sdedit", runs), "--strength", "1,0.5,0.1")
     assert result.code == 0, result.err
@@ -528,7 +588,7 @@ def test_sdedit_starts_later_and_keeps_more(make, runs):
     assert len(far) == 3 and far == sorted(far, reverse=True)
 
 
-def test_sdedit_starts_where_cs180_does(tmp_path):
+def test_sdedit_starts_where_cs180_does():
     assert ddpm.strided_timesteps(1000) == [*range(990, 0, -30), 0]
     assert [ddpm.strided_timesteps(1000)[i] for i in edit.I_STARTS] == [960, 900, 840, 780, 690, 390]
 
@@ -543,10 +603,26 @@ def test_degraded_images_are_taken_as_they_are(make, runs, tmp_path, problem):
     flags = ["--image", "y.png", "--problem", problem, "--degraded", "--out", tmp_path / "out"]
     result = make("restore", "colour", *flags)
     assert result.code == 0 and "resized" not in result.err, result.err
-    x = pictures(tmp_path / "out")[0].astype(float)
-    if problem == "super_resolve":
-        x = x.reshape(2, 4, 2, 4, 3).mean((1, 3))
-        assert x.shape == small.shape
+    x = pictures(tmp_path / "out")[0].astype(float)  # (8, 8, 3)
+    A = {
+        "colourise": lambda x: x.mean(2, keepdims=True),
+        "super_resolve": lambda x: x.reshape(2, 4, 2, 4, 3).mean((1, 3)),
+        "deblur": lambda x: blurred(x, 1.5),
+    }[problem]
+    given = np.asarray(Image.open(tmp_path / "y.png")).astype(float)
+    given = given.mean(2, keepdims=True) if problem == "colourise" else given
+    assert (
+        np.abs(A(x) - given).mean() < 12
+    )  # of 255: what left the range was cut off, what a blur can't make stays
+    assert np.abs(A(np.flip(x, (0, 1))) - given).mean() > 20 or problem == "deblur"
+
+
+def blurred(x, sigma):
+    """x (n, n, C) under a Gaussian along rows and columns, whose weights sum to 1 at the edges as well."""
+    at = np.arange(len(x))
+    B = np.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    B /= B.sum(1, keepdims=True)
+    return np.einsum("ij,jkc,lk->ilc", B, x, B)
 
 
 def test_the_classifier_names_what_was_made(make, runs):
@@ -587,6 +663,10 @@ def test_the_classifier_names_what_was_made(make, runs):
         ("sdedit", "ddpm_digits", ["--i-start", "40"], "--i-start"),
         ("sdedit", "ddpm_digits", ["--i-start", "1", "--strength", "0.5"], "leave one out"),
         ("sdedit", "ddpm_digits", ["--strength", "1.5"], "at most 1"),
+        ("sdedit", "ddpm_conditional_digits", ["--labels", "3", "--guidance-interval", "15", "5"], "LOW"),
+        ("sds", "ddpm_conditional_digits", ["--labels", "3", "--guidance-scale", "2,2"], "twice"),
+        ("restore", "ddpm_digits", ["--factor", "8"], "one of 2, 4"),
+        ("restore", "ddpm_digits", ["--factor", "100", "--degraded"], "one of 2, 4"),
         ("sdedit", "ddpm_conditional_digits", ["--labels", "11"], "out of range"),
         ("sdedit", "ddpm_conditional_digits", ["--labels", "3", "--guidance-scale", "1,3"], "one scale"),
         ("anagram", "ddpm_digits", [], "two conditions"),
@@ -609,7 +689,7 @@ def test_the_classifier_names_what_was_made(make, runs):
             "none of pixels",
         ),
         ("restore", "ddpm_digits", ["--problem", "colourise"], "gray"),
-        ("restore", "ddpm_digits", ["--factor", "3"], "divide"),
+        ("restore", "ddpm_digits", ["--factor", "3"], "one of 2, 4"),
         ("restore", "ddpm_digits", ["--problem", "deblur", "--factor", "2"], "--factor belongs"),
         ("interpolate", "ddpm_conditional_digits", ["--labels", "1,2,3"], "two --image files"),
     ],

@@ -218,6 +218,19 @@ def test_a_report_shows_published_weights_on_images_of_the_user(tmp_path, script
         ("out_channels", 6),
         ("sample_size", 15),
         ("sample_size", [16, 16]),
+        ("sample_size", 0),
+        ("sample_size", 10**30),
+        ("norm_eps", None),
+        ("norm_eps", "8"),
+        ("norm_num_groups", -8),
+        ("norm_num_groups", 8.0),
+        ("in_channels", 4),
+        ("in_channels", True),
+        ("layers_per_block", "2"),
+        ("block_out_channels", {"a": 1}),
+        ("block_out_channels", []),
+        ("down_block_types", 3),
+        ("down_block_types", ["DownBlock2D", ["AttnDownBlock2D"]]),
         ("time_embedding_type", "fourier"),
         ("up_block_types", ["UpBlock2D", "UpBlock2D"]),
     ],
@@ -238,7 +251,7 @@ def test_a_lacking_field_is_told(cli, tiny):
     assert "layers_per_block" in error_line(cli(*SAMPLE, tiny))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000])
 def test_a_damaged_config_is_told(cli, tiny, text):
     (tiny / "config.json").write_text(text)
     assert "config.json" in error_line(cli(*SAMPLE, tiny))
@@ -270,7 +283,9 @@ def test_a_truncated_file_is_told(cli, tiny, left):
     assert "truncated" in error_line(cli(*SAMPLE, tiny))
 
 
-@pytest.mark.parametrize("change", [{"dtype": "I64"}, {"shape": [5, 5]}, {"data_offsets": [9]}, None])
+@pytest.mark.parametrize(
+    "change", [{"dtype": "I64"}, {"shape": [5, 5]}, {"data_offsets": [9]}, {"data_offsets": [-64, 0]}, None]
+)
 def test_a_damaged_header_is_told(cli, tiny, change):
     file = tiny / "diffusion_pytorch_model.safetensors"
     data = file.read_bytes()
@@ -292,7 +307,9 @@ class Mischief:
         return (open, ("mischief", "w"))
 
 
-@pytest.mark.parametrize("content", [Mischief(), {"conv_in.weight": Mischief()}, [1, 2], {"epoch": 3}])
+@pytest.mark.parametrize(
+    "content", [Mischief(), {"conv_in.weight": Mischief()}, [1, 2], {"epoch": 3}, {0: torch.zeros(1)}]
+)
 def test_a_bin_never_runs_code(tmp_path, cli, tiny, content):
     (tiny / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(content, tiny / "diffusion_pytorch_model.bin")
@@ -304,3 +321,27 @@ def test_published_weights_are_unconditional(script, conditional, tiny):
     assert "unconditional" in error_line(conditional(*SAMPLE, tiny))
     line = error_line(script(edit, "sds", "--checkpoint", tiny, "--prompt", "a face", "--device", "cpu"))
     assert "unconditional" in line and "--prompt" in line
+
+
+def test_a_folder_without_weights_is_told(cli, tiny):
+    (tiny / "diffusion_pytorch_model.safetensors").rename(tiny / "diffusion_pytorch_model.fp16.safetensors")
+    assert "diffusion_pytorch_model.safetensors" in error_line(cli(*SAMPLE, tiny))
+
+
+def test_a_pipeline_has_its_own_name(tmp_path, cli):
+    publish(tmp_path / "pipeline" / "unet", TINY_CONFIG, tiny_weights())
+    (tmp_path / "pipeline" / "scheduler").mkdir()
+    assert cli(*SAMPLE, tmp_path / "pipeline").code == 0
+    assert (tmp_path / "runs/pipeline/samples/ddim_2_seed0.png").is_file()
+    (tmp_path / "pipeline/scheduler/scheduler_config.json").write_text(json.dumps({"beta_end": 0.03}))
+    assert "beta_end" in error_line(cli(*SAMPLE, tmp_path / "pipeline"))
+
+
+@pytest.mark.parametrize("ema", [[], None, {"conv_in.weight": 3}, {"conv_in.weight": torch.zeros(2)}])
+def test_an_own_run_with_odd_weights_is_told(tmp_path, cli, ema):
+    from conftest import TINY
+
+    assert cli(*TINY).code == 0
+    file = tmp_path / "runs/ddpm_digits/ckpt.pt"
+    torch.save({**torch.load(file, weights_only=True), "ema": ema}, file)
+    assert "does not hold" in error_line(cli(*SAMPLE, "runs/ddpm_digits"))
