@@ -611,10 +611,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--animate", action="store_true", help="--sample: also write a GIF of the denoising")
 
 
-def add_sampler_flags(add: Callable, default: str) -> None:
+def add_sampler_flags(add: Callable, default: str, steps: str = "50, at most T") -> None:
     how = f"one of %(choices)s (default: {default})"
     add("--sampler", choices=list(SAMPLERS), default="ddim", metavar="NAME", help=how)
-    add("--sample-steps", type=whole(1), metavar="N", help="strides from t = T to 0 (default: 50, at most T)")
+    add("--sample-steps", type=whole(1), metavar="N", help=f"strides from t = T to 0 (default: {steps})")
     add(
         "--eta", type=real(0, 1), default=0.0, metavar="E", help="--sampler ddim: 0 no fresh noise, 1 as DDPM"
     )
@@ -1177,6 +1177,8 @@ def prepare_folders(samples: Path, out: str | None) -> None:
 
     `out` must hold no images yet: they would be lost, or mixed with ours in what an FID tool reads.
     """
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
     for folder in (samples, Path(out) if out else samples):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

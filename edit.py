@@ -562,7 +562,7 @@ def run_sdedit(job: Job) -> Figure:
     else:
         last = len(timesteps) - 2
         if args.i_start and max(args.i_start) > last:
-            raise UserError(f"--i-start {max(args.i_start)}: there are {last + 1} strides, the first is 0")
+            raise UserError(f"--i-start {max(args.i_start)}: the last stride to start at is {last}")
         chosen = args.i_start or [i for i in I_STARTS if i <= last] or [0]
         starts = {f"i_start {i}": timesteps[i] for i in chosen}
     ways = {
@@ -586,7 +586,7 @@ def run_sdedit(job: Job) -> Figure:
     labels = [label for item in items for label in (f"{job.label(item)} noised", f"{job.label(item)} edited")]
     notes = [f"{head}: {d:.4f} from the input, rms of images in [0, 1]" for head, d in far.items()]
     results = torch.stack(list(edited.values()), 1).flatten(0, 1)
-    caption = ["beside each start: how far the result is from the input, rms of images in [0, 1]"]
+    caption = ["above a column: how far its results are from the inputs, rms of images in [0, 1]"]
     return Figure({heads[head]: x for head, x in pictures.items()}, labels, results, notes, caption)
 
 
@@ -608,7 +608,8 @@ def run_inpaint(job: Job) -> Figure:
     labels, notes = [job.label(item) for item in items], []
     if job.judge:
         before, after = job.named(pictures["input"]), job.named(pictures["result"])
-        labels = [f"{label} seen as {name}" for label, name in zip(labels, after, strict=True)]
+        seen = zip(labels, before, after, strict=True)
+        labels = [f"{label} seen as {a}, the input as {b}".lstrip() for label, b, a in seen]
         same = sum(a == b for a, b in zip(before, after, strict=True))
         notes = [f"the classifier names {same} of {len(items)} as it names the input"]
     return Figure(pictures, labels, pictures["result"], notes)
@@ -635,8 +636,7 @@ def read_hole(args: argparse.Namespace, size: int) -> Tensor:
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         raise UserError(f"--mask {args.mask} can't be read as an image: {error}") from None
     if before != (size, size):
-        what = f"{args.mask}, {before[0]}x{before[1]}"
-        utils.note(f"{what}, is cropped to a square and resized to {size}x{size}, nearest")
+        utils.note(f"{utils.resized(args.mask, before, size)}, nearest")
         mask = ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST)
     hole = torch.from_numpy(np.asarray(mask) >= 128)
     if not hole.any():
@@ -646,16 +646,9 @@ def read_hole(args: argparse.Namespace, size: int) -> Tensor:
     return hole
 
 
-def two_conditions(job: Job) -> list[Item]:
-    """An item for each draw; UserError unless the model is asked for just two things."""
-    if job.y is None or len(job.names) != 2:
-        raise UserError(f"{job.args.task} takes two conditions: --labels 6,9, or --prompt with two captions")
-    return [Item(draw=draw) for draw in range(job.args.draws)]
-
-
 def run_anagram(job: Job) -> Figure:
     """One picture, read two ways: as it is, and turned or otherwise rearranged."""
-    args, items = job.args, two_conditions(job)
+    args, items = job.args, [Item(draw=draw) for draw in range(job.args.draws)]
     view = make_view(args, job.shape[-1])
     check_isometry(view, args.view, job.shape)
     timesteps = job.diffusion.timesteps(args.sample_steps)
@@ -689,7 +682,7 @@ def make_view(args: argparse.Namespace, size: int) -> View:
 
 def run_hybrid(job: Job) -> Figure:
     """A picture that is one thing from afar, by its low frequencies, and another from near."""
-    args, items = job.args, two_conditions(job)
+    args, items = job.args, [Item(draw=draw) for draw in range(job.args.draws)]
     timesteps, size = job.diffusion.timesteps(args.sample_steps), job.shape[-1]
     job.show(timesteps)
 
@@ -699,7 +692,8 @@ def run_hybrid(job: Job) -> Figure:
         x = job.sampler(job.diffusion, eps_theta, job.noise(generators), timesteps, generators)
         small, edge = F.interpolate(x, size=max(1, size // 4), mode="area"), (size - max(1, size // 4)) // 2
         afar = F.pad(small, (edge, size - edge - small.shape[-1]) * 2, value=1.0)  # on white
-        return {**job.steps(), "large": x, "small": afar, "low frequencies": low_pass(x, args.sigma)}
+        low = low_pass(x, args.sigma)
+        return {**job.steps(), "large": x, "small": afar, "low frequencies": low, "high": x - low}
 
     pictures = job.batches(items, 2 * job.evaluations(timesteps), edit)
     labels = [f"{job.names[0]} from afar, {job.names[1]} from near"] * len(items)
@@ -745,7 +739,8 @@ def run_interpolate(job: Job) -> Figure:
         for u in range(args.frames)
     }
     first, last = (torch.stack([x_0, x_0]) for x_0 in job.images)
-    return Figure({"image 1": first, **columns, "image 2": last}, ["x_T", "x_0"], found["x_0"], notes)
+    made = f"x_0 {' to '.join(job.names)}".rstrip()
+    return Figure({"image 1": first, **columns, "image 2": last}, ["x_T", made], found["x_0"], notes)
 
 
 def run_sds(job: Job) -> Figure:
@@ -954,7 +949,9 @@ def make_parser() -> argparse.ArgumentParser:
         )
         ddpm_conditional.add_guidance_options(add)
         add = sub.add_argument_group("sampling").add_argument
-        ddpm.add_sampler_flags(add, "ddim" if name == "interpolate" else "that of the run's previews")
+        sampler = "ddim" if name == "interpolate" else "that of the run's previews"
+        steps = "33, of t = 990, 960, ..., 0" if name == "sdedit" else "50, at most T"
+        ddpm.add_sampler_flags(add, sampler, steps)
         add("--batch-size", type=whole(1), default=64, metavar="IMAGES", help="through the network at once")
         add("--out", metavar="DIR", help="also write one PNG per result there")
         utils.add_machine_flags(sub)
@@ -963,6 +960,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def asked_for(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor | None]:
     """What the model is asked for, names and y (R, ...); [""] and None where it is told nothing."""
+    if args.task in ("anagram", "hybrid") and config["kind"] != "ddpm_conditional":
+        what = f"{args.task} takes a conditional model, a run of ddpm_conditional.py"
+        raise UserError(f"{what}: {args.checkpoint} is unconditional")
+    if args.task in ("anagram", "hybrid") and len(args.labels or args.prompt or ()) != 2:
+        raise UserError(f"{args.task} takes two conditions: --labels 6,9, or --prompt with two captions")
     if not args.labels and not args.prompt:
         ddpm_conditional.without_condition(args.checkpoint, config)
         return [""], None
@@ -971,7 +973,7 @@ def asked_for(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor
             f"{args.checkpoint} is an unconditional model, which can't be told what to make: leave out "
             f"{'--labels' if args.labels else '--prompt'}, or name a run of ddpm_conditional.py"
         )
-    if args.guidance == "cfg" and config.get("p_uncond") == 0:
+    if config.get("p_uncond") == 0:
         ddpm_conditional.fill_guidance_scale(args, 0)  # a note
     return ddpm_conditional.conditions(args, config)
 
@@ -982,13 +984,17 @@ def make_job(args: argparse.Namespace) -> Job:
     ddpm_conditional.check_scales(args)
     if args.task != "sds" and len(args.guidance_scale) > 1:
         raise UserError("--guidance-scale: one scale, please; only sds compares several")
-    if args.task == "inpaint" and (args.mask is None) == (args.box is None):
-        raise UserError("inpaint needs to know where: --box x,y,w,h, or --mask FILE, one of them")
+    if args.task == "inpaint" and args.mask is None and args.box is None:
+        raise UserError("inpaint needs to know where: --box x,y,w,h, or --mask FILE")
+    if args.task == "inpaint" and args.mask is not None and args.box is not None:
+        raise UserError("--box and --mask both say where: leave one of them out")
     if args.task == "inpaint" and "jump" in args.typed and args.resample == 1:
         raise UserError("--jump is of RePaint: add --resample 2 or more, or leave it out")
     told_nothing = not args.labels and not args.prompt
     for dest in args.typed & ddpm_conditional.HOW_TO_GUIDE if told_nothing else ():
         raise UserError(f"{utils.flag(dest)} goes with --labels or --prompt, what to guide towards")
+    if args.task == "interpolate" and (args.sampler == "ddpm" or args.eta):
+        utils.note("this sampler adds noise of its own on the way: it does not give the images back")
     if args.task == "sdedit" and args.i_start and args.strength:
         raise UserError("--i-start and --strength both say where to start: leave one out")
     device = utils.get_device(args.device)
@@ -1011,6 +1017,20 @@ def make_job(args: argparse.Namespace) -> Job:
     return job
 
 
+IN_CAPTIONS = {  # settings of a task that are told where they were typed
+    *("pieces", "factor", "blur_sigma", "sigma", "box", "mask", "resample", "jump", "iterations", "steps"),
+    *("lr", "degraded", "no_clip"),
+}
+
+
+def settings(args: argparse.Namespace) -> list[str]:
+    """The settings that were typed, for the caption."""
+    found = {dest: getattr(args, dest) for dest in sorted(args.typed & IN_CAPTIONS)}
+    return [
+        f"{dest.replace('_', ' ')}{'' if value is True else f' {value}'}" for dest, value in found.items()
+    ]
+
+
 def made_by(job: Job) -> str:
     """How pictures were made, for the caption."""
     args = job.args
@@ -1027,7 +1047,7 @@ def main() -> None:
     ddpm.prepare_folders(folder, args.out)
     figure = TASKS[args.task].run(job)
     what = " ".join([args.task, *(getattr(args, dest) for dest in ("view", "problem") if dest in args)])
-    told = [what, ddpm.model_name(job.config), made_by(job), f"seed {args.seed}"]
+    told = [what, *settings(args), ddpm.model_name(job.config), made_by(job), f"seed {args.seed}"]
     notes = figure.notes if figure.caption is None else figure.caption
     caption = "; ".join([", ".join(told), *notes])
     cells = torch.stack(list(figure.pictures.values()), 1).flatten(0, 1)

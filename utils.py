@@ -1160,6 +1160,12 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def resized(file: str, before: tuple[int, int], size: int) -> str:
+    """What happens to an image of another size, to be told."""
+    crop = "" if before[0] == before[1] else "cropped to a square and "
+    return f"{file}, {before[0]}x{before[1]}, is {crop}resized to {size}x{size}"
+
+
 def read_images(files: Sequence[str], size: int, channels: int) -> torch.Tensor:
     """The user's images in [-1, 1] (B, C, size, size), with a note where they had another size."""
     images = []
@@ -1173,7 +1179,7 @@ def read_images(files: Sequence[str], size: int, channels: int) -> torch.Tensor:
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             raise UserError(f"--image {file} can't be read as an image: {error}") from None
         if before != (size, size):
-            note(f"{file}, {before[0]}x{before[1]}, is cropped to a square and resized to {size}x{size}")
+            note(resized(file, before, size))
     return to_x_0(torch.stack(images))
 
 
@@ -1317,9 +1323,9 @@ class HelpFormatter(argparse.HelpFormatter):
             return action.help
         if "default" in action.help:
             return action.help
-        default = (
-            " ".join(map(str, action.default)) if isinstance(action.default, (list, tuple)) else "%(default)s"
-        )
+        between = " " if action.nargs else ","  # as they are typed
+        several = isinstance(action.default, (list, tuple))
+        default = between.join(map(str, action.default)) if several else "%(default)s"
         return f"{action.help} (default: {default})"
 
 
