@@ -817,12 +817,12 @@ def load_network(
         else:
             config = {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}
             weights = {key: (key, value) for key, value in checkpoint["ema"].items()}
-        net = make_net(config)
+        net, diffusion = make_net(config), make_diffusion(config)
         fill(net, weights)
-        return place(net, torch.device(device)).eval(), make_diffusion(config), config
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
         why = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
+    return place(net, torch.device(device)).eval(), diffusion, config
 
 
 def fill(net: torch.nn.Module, weights: dict[str, tuple[str, Tensor]]) -> None:
