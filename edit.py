@@ -202,9 +202,9 @@ def check_isometry(view: View, name: str, shape: Sequence[int]) -> None:
 
 
 def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
-    """G x: blurred by a Gaussian, by default of sigma 2 for 64 pixels and as much for other sizes.
+    """G x: blurred by a Gaussian whose sigma, in pixels, is by default 2 at 64x64, scaled with the size.
 
-    The kernel has 33 pixels for sigma 2, and as many for others; sigma is in pixels.
+    Its kernel is 33 pixels wide for sigma 2, scaled with sigma, but never wider than mirroring allows.
     """
     size = x.shape[-1]
     sigma = sigma or 2 * size / 64
@@ -309,10 +309,8 @@ def fourier(noise: Tensor) -> Parameters:
 def low_rank(noise: Tensor) -> Parameters:
     """Each channel a product U V of rank size / 8: a sum of so many columns times rows."""
     rank = max(1, noise.shape[-1] // 8)
-    U, V = (
-        noise[..., :rank].clone().mul_(0.3).requires_grad_(),
-        noise[..., rank : 2 * rank, :].clone().mul_(0.3).requires_grad_(),
-    )
+    U = (0.3 * noise[..., :rank]).requires_grad_()  # (B, C, H, rank)
+    V = (0.3 * noise[..., rank : 2 * rank, :]).requires_grad_()  # (B, C, rank, W)
     return Parameters([U, V], lambda: U @ V)
 
 
@@ -331,7 +329,7 @@ def score_distillation(
     """Images (B, C, H, W) under which the denoiser's guess of the noise is right, on average over t.
 
     Follows w(t) (eps_theta(x_t, t) - eps) dx/dtheta, w = 1 - alpha_bar (DreamFusion, Poole et al. 2023,
-    eq. 3), by Adam. -> (L, B, C, H, W), the images after each of `looks` steps, or only after the last.
+    eq. 3), by Adam. -> (L, B, C, H, W), the images after so many steps as `looks` lists, and after the last.
     """
     optimizer, seen = torch.optim.Adam(parameters.numbers, lr), []
     low, high = max(1, round(0.02 * diffusion.T)), round(0.98 * diffusion.T)
@@ -848,7 +846,7 @@ def anagram_flags(add: Callable) -> None:
 
 
 def hybrid_flags(add: Callable) -> None:
-    sigma = "of the Gaussian that parts low from high, in pixels (default: 2 for 64 pixels, and as much)"
+    sigma = "of the Gaussian that parts low from high, in pixels (default: 2 at 64x64, scaled with the size)"
     add("--sigma", type=real(0.1), metavar="S", help=sigma)
 
 
