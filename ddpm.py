@@ -25,17 +25,47 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import PIL.Image
 import torch
 from PIL.Image import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import utils
 from modules import EMA, END, Classifier, ConditionalUNet, PublishedUNet, TextUNet, UNet
-from utils import SCHEDULES, Loader, Stopped, UserError, flag, real, whole
+from utils import SCHEDULES, Loader, Processes, Stopped, UserError, flag, real, whole
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # eps_theta(x_t (B, C, H, W), t (B,)) -> eps (B, C, H, W)
-Generators = torch.Generator | Sequence[torch.Generator] | None  # one, or one for each image
+
+
+@dataclass
+class Share:
+    """A generator for some images of a batch: it draws for all of the batch, and they get what is theirs.
+
+    So the noise of an image depends neither on how many processes share a batch nor on --accumulate.
+    """
+
+    generator: torch.Generator
+    images: range  # their positions in the batch
+    total: int  # images in the batch
+
+    @property
+    def device(self) -> torch.device:
+        return self.generator.device
+
+
+Generators = torch.Generator | Share | Sequence[torch.Generator] | None  # one, or one for each image
+
+
+def draw(random: Callable[..., Tensor], shape: Sequence[int], x: Tensor, generator: Generators) -> Tensor:
+    """`random(shape)`, as of torch.rand, for each of a batch, drawn where the generator lives, moved to x."""
+    if isinstance(generator, Share):
+        whole = draw(random, (generator.total, *shape[1:]), x, generator.generator)
+        return whole[generator.images.start : generator.images.stop : generator.images.step]
+    device = x.device if generator is None else generator.device
+    return random(shape, generator=generator, device=device).to(x.device)
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
@@ -46,8 +76,7 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
     """
     if isinstance(generator, Sequence):
         return torch.cat([randn_like(x[i : i + 1], g) for i, g in enumerate(generator)])
-    device = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+    return draw(partial(torch.randn, dtype=x.dtype), x.shape, x, generator)
 
 
 def numbered_noise(
@@ -172,7 +201,7 @@ class Diffusion:
 
         def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
             t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
-            return self.split(net(x_t, t, y), x_t, t)[1]
+            return self.split(net(x_t, t, y).to(x_t.dtype), x_t, t)[1]
 
         return eps_theta
 
@@ -188,10 +217,9 @@ class Diffusion:
         return (self.lookup("weight", t, x_0) * error).mean()  # by noise level; weight 1 is eq. 14, L_simple
         # End (the gradient step of line 5 is in train())
 
-    def sample_timesteps(self, x_0: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def sample_timesteps(self, x_0: Tensor, generator: Generators = None) -> Tensor:
         """t ~ Uniform({1, ..., T}) for each image; -> (B,) int64."""
-        device = x_0.device if generator is None else generator.device
-        return torch.randint(1, self.T + 1, (len(x_0),), generator=generator, device=device).to(x_0.device)
+        return draw(partial(torch.randint, 1, self.T + 1), (len(x_0),), x_0, generator)
 
     def timesteps(self, steps: int) -> list[int]:
         """[T, ..., 0], steps + 1 entries, as even as whole numbers can be; ValueError if not 1..T steps."""
@@ -423,6 +451,81 @@ def restore(
         generator.set_state(state)
 
 
+class Wrapped(torch.nn.Module):
+    """A network that is called in another way, and is else the one that it wraps."""
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__()
+        self.net = net
+
+    def null(self, y: Tensor) -> Tensor:
+        return self.net.null(y)
+
+
+class Compiled(Wrapped):
+    """A network compiled by torch.compile, on CUDA as CUDA graphs; itself, with a note, where that fails."""
+
+    def __init__(self, net: torch.nn.Module, device: torch.device):
+        super().__init__(net)
+        self.graphs = device.type == "cuda"
+        # in a tuple, or its weights would count twice
+        self.fast = (torch.compile(net, mode="reduce-overhead" if self.graphs else None, dynamic=False),)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
+        if not self.fast:
+            return self.net(*inputs)
+        try:
+            return self.fast[0](*inputs)
+        except Exception as error:  # of the compiler and of the tools it calls: there are many
+            if utils.out_of_memory(error):
+                raise
+            utils.note(f"--compile failed and is left out: {utils.first_line(error)}")
+            self.fast = ()
+            return self.net(*inputs)
+
+
+def batch_gradient(
+    model: torch.nn.Module,
+    loss_fn: Callable[..., Tensor],
+    x_0: Tensor,
+    y: Tensor | None,
+    generator: torch.Generator,
+    total: int,
+    processes: Processes,
+    accumulate: int = 1,
+    autocast: Callable = nullcontext,
+) -> Tensor:
+    """Add the gradient of the mean loss over a batch of `total` images to the weights' grad; -> loss, a
+    scalar: averaged over the processes it is the mean loss.
+
+    x_0 (B, C, H, W) and y are this process's share of the batch, taken in `accumulate` parts, one after the
+    other. With several processes `model` averages their gradients.
+    """
+    mine, before, loss = (
+        processes.share(range(total)),
+        generator.get_state(),
+        torch.zeros((), device=x_0.device),
+    )
+    parts = min(accumulate, len(x_0))
+    for k in range(parts):
+        images = mine[k::parts]  # their positions in the batch
+        weight = len(images) / total * processes.count  # 0 for a process that the last batch has no image for
+        generator.set_state(before)  # each part draws for the whole batch
+        draws = generator if len(images) == total else Share(generator, images or range(1), total)
+        y_k = None if y is None else y[k::parts]
+        last = k + 1 == parts or processes.count == 1
+        with nullcontext() if last else model.no_sync():  # the gradients travel once
+            # Start: DDPM, Algorithm 1, lines 3 to 5 (line 2: x_0 ~ q(x_0) came from the loader)
+            with autocast():
+                loss_k = weight * loss_fn(model, x_0[k::parts], y_k, draws)  # lines 3 and 4, error of line 5
+            loss_k.backward()  # line 5: its gradient in theta
+            # End (the step is in train())
+        loss += loss_k.detach()
+    return loss
+
+
 def train(
     net: torch.nn.Module,
     loss_fn: Callable[..., Tensor],
@@ -437,6 +540,7 @@ def train(
     ema_decay: float = 0.999,
     bf16: bool = False,
     compile: bool = False,
+    accumulate: int = 1,
     seed: int = 0,
     save_every: int = 1,
     preview: Callable[[torch.nn.Module, int], object] | None = None,
@@ -447,10 +551,11 @@ def train(
     """Minimise `loss_fn(net, x_0, y, generator)` over the loader's batches; `run` gets ckpt.pt and log.csv.
 
     `extra` goes into every checkpoint; `resume` is a checkpoint to go on from, bit for bit on the CPU.
-    `preview(net, epoch)` is called with the averaged weights. Raises UserError if the loss stops being finite
-    (the last good checkpoint stays) and Stopped after a signal (the place is saved).
+    `preview(net, epoch)` is called with the averaged weights. Of several processes, the loader's, only the
+    first one writes. Raises UserError if the loss stops being finite (the last good checkpoint stays) and
+    Stopped after a signal (the place is saved).
     """
-    device, per_epoch = loader.device, len(loader)
+    device, per_epoch, processes = loader.device, len(loader), loader.processes
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=device.type != "mps")
     ema = EMA(net, ema_decay)
     generator = torch.Generator(device).manual_seed(seed)
@@ -458,15 +563,21 @@ def train(
     if resume is not None:
         restore(resume, net, ema, optimizer, generator)
         step, loss_sum = resume["step"], resume["loss_sum"]
-    model = torch.compile(net) if compile else net
-    log = utils.Log(run / "log.csv", step)
+    if not processes.first:
+        torch.manual_seed(seed + step + processes.rank)  # other features are dropped than in the first
+    model = Compiled(net, device) if compile else net
+    if processes.count > 1:
+        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+    log = utils.Log(run / "log.csv", step) if processes.first else None
     pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
     saved_at = time.monotonic()
 
     def check() -> None:
         """Read the pending losses, add them up, and stop if one is not finite: nothing later is saved."""
         nonlocal loss_sum
-        for i, (loss, norm) in enumerate(torch.stack(pending).tolist() if pending else []):
+        values = processes.add(torch.stack(pending)) / processes.count if pending else torch.zeros(0, 2)
+        for i, (loss, norm) in enumerate(values.tolist()):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 raise UserError(
@@ -479,6 +590,9 @@ def train(
     def save() -> None:
         nonlocal saved_at
         check()
+        saved_at = time.monotonic()
+        if not processes.first:
+            return
         state = {"net": net.state_dict(), "ema": ema.net.state_dict(), "optimizer": optimizer.state_dict()}
         place = {
             "epoch": step // per_epoch,
@@ -487,7 +601,13 @@ def train(
             "rng": random_states(generator),
         }
         utils.save_checkpoint(run / "ckpt.pt", {**(extra or {}), **state, **place})
-        saved_at = time.monotonic()
+
+    def asked() -> list[bool]:
+        """Whether to stop, and whether it is time to save: all processes must do the same."""
+        if processes.count > 1 and device.type != "cpu" and step % CHECK_EVERY:
+            return [False, False]  # to ask the others, a GPU would have to be waited for
+        late = time.monotonic() - saved_at > SAVE_SECONDS
+        return processes.any(stop.is_set(), late, device=device)
 
     bar = tqdm(
         total=epochs * len(loader.images),
@@ -501,42 +621,86 @@ def train(
             save()  # from here on there is always a checkpoint
         for epoch in range(step // per_epoch, epochs):
             bar.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
-            started, images = time.monotonic(), 0
+            started, images, first_step = time.monotonic(), 0, step
             for x_0, y in loader.epoch(epoch, start=step % per_epoch):
-                # Start: gradient step (DDPM, Algorithm 1; line 2: x_0 ~ q(x_0) came from the loader)
+                total = loader.size(step % per_epoch)
+                # Start: gradient step (DDPM, Algorithm 1)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, epochs * per_epoch, lr, warmup)
-                with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                    loss = loss_fn(model, x_0, y, generator)  # lines 3 and 4, and the error of line 5
                 optimizer.zero_grad()
-                loss.backward()  # line 5: its gradient in theta
+                loss = batch_gradient(
+                    model, loss_fn, x_0, y, generator, total, processes, accumulate, autocast
+                )  # lines 3 to 5: the gradient in theta
                 norm = torch.nn.utils.clip_grad_norm_(net.parameters(), clip_grad)
                 optimizer.step()  # line 5: the step
                 ema.update(net, step)  # Ho et al. 2020, appendix B: sampling uses averaged weights
                 # End
-                step, images = step + 1, images + len(x_0)
-                pending.append(torch.stack([loss.detach().float(), norm.detach().float()]))
-                bar.update(len(x_0))
+                pending.append(torch.stack([loss.float(), norm.detach().float()]))
+                if compile and step == first_step and epoch == (resume["epoch"] if resume else 0):
+                    check_compiled = loss.item()  # waits for the device
+                    took = time.monotonic() - started
+                    tqdm.write(f"compiled: the first step took {took:.0f} s (loss {check_compiled:.3f})")
+                step, images = step + 1, images + total
+                bar.update(total)
                 if len(pending) >= CHECK_EVERY:
                     check()
                     bar.set_postfix(loss=f"{loss_sum / ((step - 1) % per_epoch + 1):.4f}", refresh=False)
-                stopping = stop.is_set()
-                if step % per_epoch and (stopping or time.monotonic() - saved_at > SAVE_SECONDS):
+                stopping, late = asked()
+                if step % per_epoch and (stopping or late):
                     save()
                     if stopping:
                         raise Stopped
             check()
-            log.add(epoch + 1, step, loss_sum / per_epoch, optimizer.param_groups[0]["lr"], images, started)
+            if log:
+                log.add(
+                    epoch + 1, step, loss_sum / per_epoch, optimizer.param_groups[0]["lr"], images, started
+                )
             bar.set_postfix(loss=f"{loss_sum / per_epoch:.4f}", refresh=False)
             loss_sum = 0.0
-            stopping = stop.is_set()  # asked once: the signal may come between two lines
+            # asked once: the signal may come between two lines
+            (stopping,) = processes.any(stop.is_set(), device=device)
             if (epoch + 1) % save_every == 0 or epoch + 1 == epochs or stopping:
                 save()
             if stopping and epoch + 1 < epochs:
                 raise Stopped
-            if preview and ((epoch + 1) % preview_every == 0 or epoch + 1 == epochs):
+            if preview and processes.first and ((epoch + 1) % preview_every == 0 or epoch + 1 == epochs):
                 preview(ema.net, epoch + 1)
     return ema
+
+
+def memory_of_training(
+    net: torch.nn.Module, loss_fn: Callable[..., Tensor], x_0: Tensor, y: Tensor | None, autocast: Callable
+) -> tuple[int, int]:
+    """The bytes that training holds whatever the batch, and for each image of it: x_0 (1, C, H, W) is one.
+
+    Counted: weights, their gradients, AdamW's two moments and the average; and what the forward pass of one
+    image keeps for the backward pass.
+    """
+    kept: dict[int, int] = {}  # by address: a tensor may be kept twice
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
+        loss = loss_fn(net, x_0, y, torch.Generator(x_0.device).manual_seed(0))
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
+    del loss
+    return 5 * sum(weights.values()), sum(n for address, n in kept.items() if address not in weights)
+
+
+def what_fits(
+    fixed: int, each: int, room: float, batch_size: int, accumulate: int, processes: Processes
+) -> str:
+    """What to lower where memory ran out, and how far, of `room` bytes; the work itself gets a fifth."""
+    fit = int((0.8 * room - fixed) // each) * processes.count  # images at a time
+    told = f"out of memory at --batch-size {batch_size}" + (f" --accumulate {accumulate}" * (accumulate > 1))
+    told += f" (an image takes {each / 1e6:.1f} MB, the weights {fixed / 1e6:.0f} MB, of {room / 1e9:.1f} GB)"
+    if fit < 1:
+        return f"{told}: not one image fits: lower --image-size or --width, or add --checkpointing"
+    fit = min(fit, math.ceil(batch_size / accumulate / 2))  # it did not, so the count was too low
+    lower = f"lower --batch-size to {fit * accumulate}"
+    return f"{told}: {lower}, or add --accumulate {math.ceil(batch_size / fit)}, or --checkpointing"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -593,6 +757,10 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     bf16 = "fp32, bf16, or auto: bf16 where it is faster"
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", metavar="NAME", help=bf16)
     add("--compile", action="store_true", help="torch.compile the network: slower to start, then faster")
+    split = "parts that a batch is taken in, one after the other: less memory, the same step"
+    add("--accumulate", type=whole(1), default=1, metavar="PARTS", help=split)
+    again = "keep few activations and compute the others again: less memory, a third more time"
+    add("--checkpointing", action="store_true", help=again)
     grids = "between two sample grids (default: a quarter of the run)"
     add("--preview-every", type=whole(1), metavar="EPOCHS", help=grids)
     add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between two checkpoints")
@@ -644,11 +812,12 @@ OF_DIFFUSION = {"noise_steps", "schedule", "prediction", "weighting", *WEIGHTING
 FLAG_OWNERS = {"sampler": SAMPLER_FLAGS, "weighting": WEIGHTING_FLAGS}
 TASK_FLAGS = {"sigma": "denoiser", **{dest: "diffusion" for dest in OF_DIFFUSION}}
 ONLY_SAMPLING = {"checkpoint", "out", "animate"}  # flags that go with --sample alone
+HOW_TO_RUN = {"precision", "compile"}
 # Flags that mean something beside --sample; the other settings come from the checkpoint.
-FOR_SAMPLING = {"sample", "batch_size", "device", "seed", *ONLY_SAMPLING, *HOW_TO_SAMPLE}
+FOR_SAMPLING = {"sample", "batch_size", "device", "seed", *HOW_TO_RUN, *ONLY_SAMPLING, *HOW_TO_SAMPLE}
 FREE_ON_RESUME = {  # flags that may change when a run goes on: they shape neither network nor data nor loss
-    *("resume", "epochs", "data_root", "cache_dir", "workers", "device", "precision", "compile"),
-    *("preview_every", "save_every", *HOW_TO_SAMPLE),
+    *("resume", "epochs", "data_root", "cache_dir", "workers", "device", *HOW_TO_RUN),
+    *("accumulate", "checkpointing", "preview_every", "save_every", *HOW_TO_SAMPLE),
 }
 
 
@@ -822,7 +991,9 @@ def load_network(
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
         why = str(error).splitlines()[0]
         raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
-    return place(net, torch.device(device)).eval(), diffusion, config
+    net = place(net, torch.device(device)).eval()
+    net.keep_times(diffusion.T)
+    return net, diffusion, config
 
 
 def fill(net: torch.nn.Module, weights: dict[str, tuple[str, Tensor]]) -> None:
@@ -853,7 +1024,9 @@ def use_bf16(precision: str, device: torch.device, width: int) -> bool:
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and width >= 64 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # what a CPU may have for it
+    has_it = any(getattr(torch.cpu, question, bool)() for question in questions)
+    return device.type == "cpu" and width >= 64 and has_it
 
 
 def fill_sample_steps(args: argparse.Namespace, T: int) -> None:
@@ -875,6 +1048,57 @@ def chosen_sampler(args: argparse.Namespace) -> Callable[..., Tensor]:
         dest: getattr(args, dest) for dest, sampler in SAMPLER_FLAGS.items() if sampler == args.sampler
     }
     return partial(SAMPLERS[args.sampler], **options)
+
+
+class Captured(Wrapped):
+    """A network recorded as one CUDA graph for each shape of its inputs, then replayed: for sampling.
+
+    A small network's kernels end sooner than Python can ask for the next; a graph asks for all at once.
+    """
+
+    def __init__(self, net: torch.nn.Module):
+        super().__init__(net)
+        self.graphs: dict[tuple, tuple] = {}
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        inputs = tuple(x for x in inputs if x is not None)
+        if torch.is_grad_enabled():
+            return self.net(*inputs)
+        key = tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self.graphs:
+            self.graphs[key] = self.record(*inputs)
+        graph, fixed, out = self.graphs[key]
+        for kept, x in zip(fixed, inputs, strict=True):
+            kept.copy_(x)
+        graph.replay()
+        return out.clone()
+
+    def record(self, *inputs: Tensor) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
+        """A graph, the inputs that it reads and the output that it writes."""
+        fixed, side = [x.clone() for x in inputs], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # libraries choose their kernels, which can't be recorded
+                self.net(*fixed)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.net(*fixed)
+        return graph, fixed, out
+
+
+def quick(
+    net: torch.nn.Module, args: argparse.Namespace, config: dict, device: torch.device
+) -> torch.nn.Module:
+    """The network as it samples fastest: in half precision where that gains, compiled, or captured."""
+    if use_bf16(args.precision, device, config["width"]):
+        for module in net.modules():  # once, and not at every step; norms stay in float32
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.to(torch.bfloat16)
+        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+    if args.compile:
+        return Compiled(net, device)
+    return Captured(net) if device.type == "cuda" else net
 
 
 def sample_images(
@@ -1009,15 +1233,19 @@ def run_training(
     `make_task(args, data, diffusion, device)` says what is trained; `kinds` are the checkpoints it goes on
     from.
     """
+    device = utils.get_device(args.device)
+    processes = utils.join_processes(device)
+    if utils.restarted() and not args.resume:
+        args.resume = processes.told(processes.first and run_of_launch(Path(args.runs))) or None
     resume = utils.load_checkpoint(args.resume, *kinds) if args.resume else None
     if resume:
         args = utils.merge_config(args, resume["config"], free_on_resume)
-    device = utils.get_device(args.device)
     fill_sample_steps(args, args.noise_steps)
     if args.image_size:
         fill_network_defaults(args)  # an image size that does not fit is told before the images are decoded
     choice = {key: getattr(args, key) for key in ("image_size", "channels", "limit", "workers", "cache_dir")}
-    data = utils.get_data(args.dataset, args.data_root, "train", **choice)
+    with processes.first_goes_first():
+        data = utils.get_data(args.dataset, args.data_root, "train", **choice)
     args.image_size = data.images.shape[-1]
     fill_network_defaults(args)
     fill_data_defaults(args, data)
@@ -1027,37 +1255,40 @@ def run_training(
     task = make_task(args, data, diffusion, device)
     digest = utils.digest(task.images) + ("" if task.y is None else utils.digest(task.y))
     config = {k: v for k, v in vars(args).items() if k not in ("typed", "resume", "sample", "checkpoint")}
+    check_shares(processes.count, args, len(task.images))
     net = place(task.net, device)
-    loader = Loader(task.images, args.batch_size, device, task.y, args.flip, args.seed)
+    net.checkpointing = args.checkpointing
+    loader = Loader(task.images, args.batch_size, device, task.y, args.flip, args.seed, processes)
     kept = {"config": config, "class_names": data.class_names, "data": digest, **task.keep}
     if resume:
         check_resumable(resume, args, kept, len(loader))
         run = utils.checkpoint_file(args.resume).parent
     else:
         wanted = Path(args.runs) / (args.name or f"{task.kind}_{args.dataset}")
-        run = utils.new_path(wanted)
+        run = processes.told(utils.new_path(wanted) if processes.first else None)
         if run != wanted:
             utils.note(f"{wanted} exists and stays as it is: this run goes to {run}")
-        (run / "samples").mkdir(parents=True)
-    with utils.replacing(run / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode())
+    if processes.first:
+        write_settings(run, config)
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     size = " x ".join(map(str, data.images.shape[1:]))
     print(f"data     {args.dataset}, {len(data.images)} images of {size}")
-    print(f"network  {parameters:.2f} M parameters, on {device}\nresults  in {run}/")
+    several = f", {processes.count} processes" if processes.count > 1 else ""
+    print(f"network  {parameters:.2f} M parameters, on {device}{several}\nresults  in {run}/")
 
     def preview(net: torch.nn.Module, epoch: int) -> None:
         task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
-    options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
+    options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "accumulate")
+    bf16 = use_bf16(args.precision, device, args.width)
     try:
         ema = train(
             net,
             task.loss,
             loader,
             run,
-            **{key: config[key] for key in (*options, "save_every", "preview_every")},
-            bf16=use_bf16(args.precision, device, args.width),
+            **{key: config[key] for key in (*options, "seed", "save_every", "preview_every")},
+            bf16=bf16,
             preview=preview,
             extra={"kind": task.kind, **kept},
             resume=resume,
@@ -1065,12 +1296,70 @@ def run_training(
     except Stopped:
         print(f"stopped and saved; go on with\n  {command('--resume', run)}", file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if processes.count > 1 and utils.is_lost(error):
+            go_on = f"go on with {command('--resume', run)}"
+            raise utils.LostProcess(f"another process has ended, and so does this one: {go_on}") from None
+        if not utils.out_of_memory(error):
+            raise
+        failed = True  # what the error holds on to is free after this block
+    else:
+        failed = False
+    if failed:
+        raise UserError(told_of_memory(net, task, args, bf16, device, processes))
+    if not processes.first:
+        return
     last_grid = run / "samples" / f"epoch_{args.epochs:04d}.png"
     if not last_grid.is_file():  # the run was killed after its last step
         preview(ema.net, args.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
         print(f"{name:10s}  {shlex.quote(str(path))}")
     print(f"use it with\n  {command(*task.use, run, script=task.used_by)}")
+
+
+def check_shares(count: int, args: argparse.Namespace, images: int) -> None:
+    """UserError where a process, or a part of a batch, would get no image."""
+    batch = min(args.batch_size, images)
+    if count > batch:
+        raise UserError(f"{count} processes for a batch of {batch} images: lower --nproc_per_node")
+    if args.accumulate > batch // count:
+        each = "" if count == 1 else f" for each of {count} processes"
+        raise UserError(
+            f"--accumulate {args.accumulate} parts of {batch // count} images{each}: ask for fewer"
+        )
+
+
+def write_settings(run: Path, config: dict) -> None:
+    """Make a run's folder, unless it is there, and write its config.json; and who started it, if torchrun."""
+    (run / "samples").mkdir(parents=True, exist_ok=True)
+    with utils.replacing(run / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode())
+    if launch := utils.launch_name():
+        (run / "launch").write_text(launch)
+
+
+def run_of_launch(runs: Path) -> str | None:
+    """The run that torchrun's processes of this launch began before they were started again, if they did."""
+    ours = (p.parent for p in runs.glob("*/launch") if p.read_text() == utils.launch_name())
+    return next((str(run) for run in ours if (run / "ckpt.pt").is_file()), None)
+
+
+def told_of_memory(
+    net: torch.nn.Module,
+    task: Task,
+    args: argparse.Namespace,
+    bf16: bool,
+    device: torch.device,
+    processes: Processes,
+) -> str:
+    """What to say where memory ran out: measured on the CPU with one image."""
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16) if bf16 else nullcontext
+    x_0, y = utils.to_x_0(task.images[:1]), None if task.y is None else task.y[:1]
+    fixed, each = memory_of_training(net.cpu(), task.loss, x_0, y, autocast)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    room = utils.room(device)
+    return what_fits(fixed, each, room, args.batch_size, args.accumulate, processes)
 
 
 def command(*flags: object, script: str | None = None) -> str:
@@ -1094,6 +1383,7 @@ def check_resumable(resume: dict, args: argparse.Namespace, kept: dict, per_epoc
         utils.note(f"the run has had its {args.epochs} epochs; to train further, ask for more --epochs")
 
 
+ALONE = Processes()
 GRID_LIMIT = 256  # images shown in a grid; --out gets them all
 
 
@@ -1105,30 +1395,55 @@ def draw_images(
     config: dict,
     device: torch.device,
     suffix: str = "",
+    made_with: str = "",
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, list[Tensor]]:
     """Draw the images of those numbers, each from noise of its own, --batch-size at a time.
 
-    `denoiser_of(numbers of a batch)` is its eps_theta. Each goes to --out as `number + suffix`. -> the images
+    `denoiser_of(numbers of a batch)` is its eps_theta. With --out each goes there as `number + suffix`, with
+    `made_with` in it; those there already are not drawn again; several processes take turns. -> the images
     x_0 (B, C, H, W) that a grid shows, the first GRID_LIMIT, and with --animate frames of the first batch:
     its x_t on the way.
     """
     batch_size = args.batch_size or 64
     evaluations = args.sample_steps + (3 * min(3, args.sample_steps) if args.runge_kutta else 0)
+    path_of = lambda number: Path(args.out) / f"{number:05d}{suffix}.png"  # noqa: E731
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    shown, frames = [], []
+    film_of = batches[0] if args.animate and processes.first else None
+    if args.out:  # whole batches, whoever draws them: then an image is the same to the last bit
+        batches = [b for b in batches if b == film_of or not all(path_of(i).exists() for i in b)]
+    shown, frames, info = [], [], PngInfo()
+    info.add_text("made_with", made_with)
+    batches = processes.share(batches)
     with tqdm(total=len(batches) * evaluations, desc=f"sampling{suffix}", unit="step") as bar:
-        for i, batch in enumerate(batches):
-            film = frames if args.animate and i == 0 else None
+        for batch in batches:
+            film = frames if batch == film_of else None
             eps_theta = watched(denoiser_of(batch), bar, film, math.ceil(evaluations / 60))
             shape = (config["channels"], config["image_size"], config["image_size"])
             x_T, generators = numbered_noise(batch, shape, args.seed)
             x_0 = sample_images(diffusion, eps_theta, x_T.to(device), args, generators).cpu()
+            if film is not None:
+                frames.append(x_0[:GRID_LIMIT])
             if args.out:
                 for number, picture in zip(batch, utils.to_pictures(x_0), strict=True):
-                    utils.save_picture(picture, Path(args.out) / f"{number:05d}{suffix}.png")
-            shown += [x_0] if i * batch_size < GRID_LIMIT else []
-    shown = torch.cat(shown)[:GRID_LIMIT]
-    return shown, [*frames, shown[: len(frames[0])]] if frames else []
+                    if not path_of(number).exists():
+                        utils.save_picture(picture, path_of(number), pnginfo=info)
+            elif len(shown) * batch_size < GRID_LIMIT:
+                shown.append(x_0)
+    if args.out:
+        processes.wait()
+        files = [str(path_of(i)) for i in numbers[:GRID_LIMIT]]
+        shown = [utils.read_images(files, config["image_size"], config["channels"])]
+    return torch.cat(shown)[:GRID_LIMIT], frames
+
+
+def made_with(
+    args: argparse.Namespace, config: dict, net: torch.nn.Module, further: Sequence[str] = ()
+) -> str:
+    """What images are drawn with, kept in their files: --out goes on only among images of the same making."""
+    told = {key: getattr(args, key) for key in (*HOW_TO_SAMPLE, "seed", *further)}
+    weights = utils.digest(net.conv_out.weight.detach().float().cpu())
+    return json.dumps(told | {"model": model_name(config), "weights": weights}, sort_keys=True)
 
 
 def watched(eps_theta: Denoiser, bar: tqdm, frames: list[Tensor] | None, every: int) -> Denoiser:
@@ -1146,14 +1461,17 @@ def watched(eps_theta: Denoiser, bar: tqdm, frames: list[Tensor] | None, every: 
 def run_sampling(args: argparse.Namespace) -> None:
     """Draw --sample images from the averaged weights of --checkpoint, into a grid and what is asked for."""
     device = utils.get_device(args.device)
+    processes = join_to_sample(args, device)
     net, diffusion, config = load_network(args.checkpoint, device, ("ddpm",))
     fill_sampler(args, config)
     fill_sample_steps(args, diffusion.T)
-    samples = utils.run_folder(args.checkpoint) / "samples"
-    prepare_folders(samples, args.out)
-    eps_theta = diffusion.denoiser(net)
-    numbers = range(args.sample)
-    shown, frames = draw_images(diffusion, lambda batch: eps_theta, numbers, args, config, device)
+    samples, made = utils.run_folder(args.checkpoint) / "samples", made_with(args, config, net)
+    prepare_folders(samples, args.out, made)
+    eps_theta = diffusion.denoiser(quick(net, args, config, device))
+    numbers, more = range(args.sample), (made, processes)
+    shown, frames = draw_images(diffusion, lambda batch: eps_theta, numbers, args, config, device, "", *more)
+    if not processes.first:
+        return
 
     made_by = f"{args.sampler} {args.sample_steps} steps, seed {args.seed}"
     caption = f"{model_name(config)}, {made_by}"
@@ -1172,10 +1490,19 @@ def save_grids(grid: Image, frames: list[Image], name: Path) -> None:
         print("gif     ", shlex.quote(str(gif)))
 
 
-def prepare_folders(samples: Path, out: str | None) -> None:
+def join_to_sample(args: argparse.Namespace, device: torch.device) -> Processes:
+    """The processes that sample; UserError where there are several and no --out for them to meet in."""
+    processes = utils.join_processes(device)
+    if processes.count > 1 and not args.out:
+        raise UserError("several processes sample into a folder: add --out DIR")
+    return processes
+
+
+def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> None:
     """Make the folders for the grid and single images; UserError, before any work, if they can't be used.
 
-    `out` must hold no images yet: they would be lost, or mixed with ours in what an FID tool reads.
+    `out` must hold no images yet, which would be lost, or mixed with ours in what an FID tool reads, save
+    those that an interrupted command of the same settings, `made_with`, has left there.
     """
     if out and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
@@ -1183,8 +1510,21 @@ def prepare_folders(samples: Path, out: str | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise UserError(f"folder {folder} can't be written to: copy the run, or name another --out")
-    if out and (utils.image_files(Path(out)) or (Path(out) / "metadata.jsonl").exists()):
-        raise UserError(f"--out {out} already holds images: name a new or an empty folder")
+    there = utils.image_files(Path(out)) if out else []
+    if not there and (not out or not (Path(out) / "metadata.jsonl").exists()):
+        return
+    if made_with is None or not there or any(text_in(path) != made_with for path in there):
+        raise UserError(f"--out {out} already holds images of another making: name a new or an empty folder")
+    utils.note(f"{out} holds {len(there)} images of this kind already: they are not drawn again")
+
+
+def text_in(path: Path) -> str | None:
+    """What an image says of its making, where it is one of ours."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as picture:
+            return picture.text.get("made_with")
+    except Exception:  # Pillow's decoders raise almost anything on a broken file
+        return None
 
 
 DENOISER_DEFAULTS = {"epochs": 5, "preview_every": 1}  # as in CS180, which looks at epochs 1 and 5

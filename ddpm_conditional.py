@@ -244,10 +244,10 @@ def conditional_loss(diffusion: Diffusion, p_uncond: float) -> Callable[..., Ten
     def loss(net: torch.nn.Module, x_0: Tensor, y: Tensor, generator: Generators = None) -> Tensor:
         # Start: training step (Ho & Salimans 2022, Algorithm 1)
         # 2.b classifier-free guidance: one network learns eps_c and, where the condition is dropped, eps_u
-        device = y.device if generator is None else generator.device
-        coin = torch.rand(len(y), generator=generator, device=device)  # one for each image of the batch
-        dropped = (coin < p_uncond).to(y.device).view(-1, *[1] * (y.ndim - 1))  # (B,), or (B, 1) for tokens
-        y = torch.where(dropped, net.null(y), y)  # line 3: c <- null with probability p_uncond
+        coin = ddpm.draw(torch.rand, (len(y),), y, generator)  # one for each image of the batch
+        dropped = (coin < p_uncond).view(-1, *[1] * (y.ndim - 1))  # (B,), or (B, 1) for tokens
+        null = getattr(net, "module", net).null(y)  # (several processes wrap the network)
+        y = torch.where(dropped, null, y)  # line 3: c <- null with probability p_uncond
         return diffusion.loss(net, x_0, y, generator)  # lines 4 to 7: DDPM, Algorithm 1, given y
         # End
 
@@ -400,7 +400,8 @@ def measure_accuracy(
 
 GUIDANCE_FLAGS = {"classifier": "classifier", "guidance_rescale": "cfg"}  # which --guidance a flag belongs to
 HOW_TO_GUIDE = {"guidance_scale", "guidance_interval", "guidance_rescale", "dynamic_threshold"}
-ONLY_SAMPLING = ddpm.ONLY_SAMPLING | {"labels", "prompt", "guidance", "classifier", "batches"}
+ONLY_HERE = {"labels", "prompt", "guidance", "classifier", "batches"}
+ONLY_SAMPLING = ddpm.ONLY_SAMPLING | ONLY_HERE
 FOR_SAMPLING = ddpm.FOR_SAMPLING | ONLY_SAMPLING | HOW_TO_GUIDE
 OF_THE_DENOISER = {  # flags that mean nothing to a classifier
     *("condition", "p_uncond", "init", "prediction", "weighting", *ddpm.WEIGHTING_FLAGS),
@@ -560,6 +561,7 @@ def load_classifier(
 def run_sampling(args: argparse.Namespace) -> None:
     """Draw --batches times --sample images from --checkpoint, as asked for: a grid of each batch."""
     device = utils.get_device(args.device)
+    processes = ddpm.join_to_sample(args, device)
     kinds = ("ddpm_conditional", "ddpm") if args.guidance == "classifier" else ("ddpm_conditional",)
     net, diffusion, config = ddpm.load_network(args.checkpoint, device, kinds)
     ddpm.fill_sampler(args, config)
@@ -570,7 +572,9 @@ def run_sampling(args: argparse.Namespace) -> None:
     classifier = load_classifier(args.classifier, config, device) if args.guidance == "classifier" else None
     names, y = conditions(args, config)
     samples = utils.run_folder(args.checkpoint) / "samples"
-    ddpm.prepare_folders(samples, args.out)
+    made = ddpm.made_with(args, config, net, (*HOW_TO_GUIDE, *ONLY_HERE, "sample"))
+    ddpm.prepare_folders(samples, args.out, made)
+    net = ddpm.quick(net, args, config, device)
 
     scales, caption = args.guidance_scale, caption_of(args, config)
     in_grid = max(1, ddpm.GRID_LIMIT // len(scales))
@@ -586,18 +590,21 @@ def run_sampling(args: argparse.Namespace) -> None:
 
         numbers = range(first, first + args.sample)
         x_0, frames = ddpm.draw_images(
-            diffusion, denoiser_of, numbers, args, config, device, suffix_of(scale, scales)
+            *(diffusion, denoiser_of, numbers, args, config, device),
+            *(suffix_of(scale, scales), made, processes),
         )
         return x_0[:in_grid], [frame[:in_grid] for frame in frames]
 
     for first in range(0, args.batches * args.sample, args.sample):
         shown, films = zip(*(draw(first, scale) for scale in scales), strict=True)
+        if not processes.first:
+            continue
         grid, *frames = (
             condition_grid(x, names, caption, scales) for x in [shown, *zip(*films, strict=True)]
         )
         name = f"{args.guidance}_{args.sampler}_{args.sample_steps}_seed{args.seed}.png"
         ddpm.save_grids(grid, frames, samples / name)
-    if args.out:
+    if args.out and processes.first:
         write_metadata(Path(args.out), args, names)
         print("images  ", shlex.quote(args.out))
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -181,13 +182,35 @@ class Encoder(nn.Module):
                 self.downsample.append(Downsample(c))
                 self.skip_channels.append(c)
         self.middle = nn.ModuleList([self.stage(c, c, attention=True), self.stage(c, c, attention=False)])
+        self.checkpointing = False  # keep no activations inside stages, and compute them again when needed
+        self.register_buffer("times", None, persistent=False)  # the embedded times, where they are kept
+
+    @torch.no_grad()
+    def keep_times(self, T: int) -> None:
+        """Embed all times 0..T now, (T+1, 4 * width), rather than anew at every step of sampling.
+
+        They serve until the network is set to train.
+        """
+        self.times = self.embed_time(torch.arange(T + 1, device=self.conv_in.weight.device))
+
+    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
+        """The embedded time (B, 4 * width) of t (B,)."""
+        if self.times is not None and not self.training:
+            return self.times[t]
+        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype))
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
         """What every stage is told besides the image: the embedded time (B, 4 * width), and a context.
 
         Here y is not used and there is no context: conditional networks override this.
         """
-        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)), None
+        return self.embed_time(t), None
+
+    def run(self, stage: Stage, h: torch.Tensor, emb: torch.Tensor, context: Context | None) -> torch.Tensor:
+        """One stage; with `checkpointing` its activations are computed again in the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, emb, context, use_reentrant=False)
+        return stage(h, emb, context)
 
     def encode(
         self, x: torch.Tensor, emb: torch.Tensor, context: Context | None
@@ -201,13 +224,13 @@ class Encoder(nn.Module):
         skips = [h]
         for level, stages in enumerate(self.down):
             for stage in stages:
-                h = stage(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
+                h = self.run(stage, h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
                 skips.append(h)
             if level < len(self.downsample):
                 h = self.downsample[level](h)
                 skips.append(h)
         for stage in self.middle:
-            h = stage(h, emb, context)
+            h = self.run(stage, h, emb, context)
         return h, skips
 
 
@@ -247,7 +270,7 @@ class UNet(Encoder):
         h, skips = self.encode(x, emb, context)
         for i, stages in enumerate(self.up):
             for stage in stages:
-                h = stage(torch.cat([h, skips.pop()], dim=1), emb, context)
+                h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
             if i < len(self.upsample):
                 h = self.upsample[i](h)
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)

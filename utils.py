@@ -11,17 +11,20 @@ import json
 import math
 import os
 import pickle
+import queue
 import re
 import signal
+import socket
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -284,7 +287,11 @@ SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
 
 
 def folder(root: Path, split: str) -> Source:
-    """Images in one folder, in one sub-folder a class, or as listed with captions in metadata.jsonl."""
+    """Images in one folder, in one sub-folder a class, as listed with captions in metadata.jsonl, or in one
+    .npy file, uint8 (N, h, w, 3) or (N, h, w, 1).
+    """
+    if root.suffix == ".npy" and split == "train":
+        return array_file(root)
     if not root.is_dir():
         raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
     sub_folders = {f.name for f in class_folders(root) if image_files(f, recursive=True)}
@@ -304,6 +311,22 @@ def folder(root: Path, split: str) -> Source:
     if not source.images:
         raise UserError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return source
+
+
+def array_file(path: Path) -> Source:
+    """Square images of one .npy file, mapped into memory: a set that needs no decoding may be of any size."""
+    try:
+        images = np.load(path, mmap_mode="c", allow_pickle=False)
+        height, width, channels = images.shape[1:]
+        if images.dtype != np.uint8 or channels not in (1, 3) or min(images.shape) < 1:
+            raise ValueError
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+    except ValueError:
+        raise UserError(
+            f"{path} is no array of images: it takes uint8, (N, h, w, 3) or (N, h, w, 1)"
+        ) from None
+    return Source(images, image_size=min(height, width), channels=channels)
 
 
 def captioned_folder(root: Path) -> Source:
@@ -606,9 +629,9 @@ def open_image(image: Path | Scene | np.ndarray, size: int) -> Image.Image:
     """The picture of a file, an array, or a scene, which is drawn at size x size."""
     if isinstance(image, Scene):
         return image.draw(size)
-    return (
-        Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image, formats=IMAGE_FORMATS)
-    )
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    return Image.open(image, formats=IMAGE_FORMATS)
 
 
 def upright(image: Path | Scene | np.ndarray, size: int, channels: int, paper: str = "white") -> Image.Image:
@@ -643,8 +666,11 @@ def read_image(image: Path | Scene | np.ndarray, size: int, channels: int) -> np
 NOT_THE_FILES_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
-def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images of a source; -> (M, C, size, size) uint8, and the positions (M,) of those read."""
+CHUNK = 4096  # images decoded before they are written
+
+
+def decode(source: Source, size: int, channels: int, workers: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """The images of a source that can be read, in chunks: (M, C, size, size) uint8, and their M positions."""
 
     def try_read(image: Path | Scene | np.ndarray) -> np.ndarray | None:
         try:
@@ -654,18 +680,20 @@ def decode(source: Source, size: int, channels: int, workers: int) -> tuple[np.n
                 raise
             return None
 
-    images = np.empty((len(source.images), channels, size, size), np.uint8)
-    kept = []
     pool = ThreadPoolExecutor(workers)  # threads: Pillow decodes and resizes outside Python's lock
-    decoded = tqdm(pool.map(try_read, source.images), "decoding", len(images), unit="img", leave=False)
+    bar = tqdm(desc="decoding", total=len(source.images), unit="img", leave=False)
     try:
-        for i, image in enumerate(decoded):
-            if image is not None:
-                images[len(kept)] = image
-                kept.append(i)
+        for start in range(0, len(source.images), CHUNK):
+            images, kept = np.empty((CHUNK, channels, size, size), np.uint8), []
+            for i, image in enumerate(pool.map(try_read, source.images[start : start + CHUNK]), start):
+                bar.update()
+                if image is not None:
+                    images[len(kept)] = image
+                    kept.append(i)
+            yield images[: len(kept)], kept
     finally:
+        bar.close()
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
-    return images[: len(kept)], np.array(kept, dtype=np.int64)
 
 
 def fingerprint(source: Source) -> str:
@@ -686,25 +714,58 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def cached_decode(
+def decoded(
     source: Source, cache_file: Path, size: int, channels: int, workers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `decode` returns, from `cache_file` if that is there and whole, else made and written there."""
+    """The images of a source, (M, C, size, size) uint8, and the positions (M,) of those that can be read.
+
+    They are mapped from `cache_file`, which is made first if it is not there and whole: the set may be larger
+    than the memory. Where it can't be written, they are held in memory.
+    """
+    shape = (len(source.images), channels, size, size)
+    found = mapped(cache_file, shape)
+    if found is None:
+        chunks = partial(decode, source, size, channels, workers)
+        try:
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            write_cache(cache_file, shape, chunks())
+            found = mapped(cache_file, shape)
+        except OSError as error:
+            note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
+            images, kept = zip(*chunks(), strict=True)
+            found = np.concatenate(images), np.concatenate(kept).astype(np.int64)
+    return found
+
+
+def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator) -> None:
+    """An .npy file of that shape with the decoded images, zeros after them, then their positions (N,)."""
+    with replacing(cache_file) as file:
+        kept = []
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for images, of_chunk in chunks:
+            file.write(images.tobytes())
+            kept += of_chunk
+        file.truncate(file.tell() + (shape[0] - len(kept)) * math.prod(shape[1:]))
+        file.seek(0, os.SEEK_END)
+        np.save(file, np.array(kept, dtype=np.int64))
+
+
+def mapped(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """What write_cache wrote, the images mapped into memory; None where it is not there, or damaged."""
     try:
-        with np.load(cache_file, allow_pickle=False) as file:
-            return file["images"], file["kept"]
+        images = np.load(cache_file, mmap_mode="c", allow_pickle=False)  # "c": PyTorch wants it writable
+        with open(cache_file, "rb") as file:
+            file.seek(images.offset + images.nbytes)
+            kept = np.load(file, allow_pickle=False)
+        if images.shape != shape or images.dtype != np.uint8:
+            raise ValueError
+        return images[: len(kept)], kept
     except FileNotFoundError:
-        pass
-    except Exception:  # cut short or damaged, in one of zipfile's many ways: it is made anew
+        return None
+    except Exception:  # cut short or damaged, in one of many ways: it is made anew
         note(f"{cache_file} is damaged and is made anew")
-    images, kept = decode(source, size, channels, workers)
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cache_file) as file:
-            np.savez(file, images=images, kept=kept)
-    except OSError as error:
-        note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
-    return images, kept
+        return None
 
 
 def get_data(
@@ -734,17 +795,25 @@ def get_data(
     size, channels = image_size or source.image_size, channels or source.channels
 
     colour = "rgb" if channels == 3 else "gray"
-    cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{fingerprint(source)}.npz"
-    images, kept = cached_decode(source, cache_file, size, channels, workers or os.cpu_count() or 1)
+    if is_ready(source.images, size, channels):  # there is nothing to decode, and it may be huge
+        images, kept = source.images.transpose(0, 3, 1, 2), np.arange(len(source.images))
+    else:
+        cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{fingerprint(source)}.npy"
+        images, kept = decoded(source, cache_file, size, channels, workers or os.cpu_count() or 1)
     skipped = sorted(set(range(len(source.images))) - set(kept.tolist()))
     skipped = [str(source.images[i]) for i in skipped]
     if skipped:
         note(f"{len(skipped)} unreadable images were skipped:\n  " + "\n  ".join(skipped))
     if not len(images):
         raise UserError(f"none of the {len(skipped)} images of {dataset} under {data_root} can be read")
-    source = subset(source, kept)
+    source = subset(source, kept) if skipped else source
     labels = None if source.labels is None else torch.tensor(source.labels)
     return Data(torch.from_numpy(images), labels, source.class_names, source.captions, source.flip, skipped)
+
+
+def is_ready(images: object, size: int, channels: int) -> bool:
+    """Whether images are an array mapped from a file that needs no change but the order of its axes."""
+    return isinstance(images, np.memmap) and images.shape[1:] == (size, size, channels)
 
 
 def subset(source: Source, index: np.ndarray) -> Source:
@@ -764,7 +833,8 @@ class Loader:
     """Batches of a data set, sliced from its one array: no Python runs per image.
 
     The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch of
-    any epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens.
+    any epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens. Of several
+    processes each gets its share of every batch: images rank, rank + count, ... of it.
     """
 
     def __init__(
@@ -775,27 +845,89 @@ class Loader:
         y: torch.Tensor | None = None,
         flip: bool = False,
         seed: int = 0,
+        processes: "Processes | None" = None,
     ):
         self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
-        # Up to 4 GB the whole set lives where the network does; a larger one is sent over batch by batch.
-        self.images = images.to(self.device) if images.numel() <= 4e9 else images
+        self.processes = processes or Processes()
+        # A set that fits lives where the network does; a larger one is sent over batch by batch.
+        self.resident = self.device.type == "cpu" or images.numel() <= room(self.device) / 2
+        self.images = images.to(self.device) if self.resident else images
         self.y = None if y is None else y.to(self.images.device)
 
     def __len__(self) -> int:
         """Batches in an epoch; the last may be smaller."""
         return math.ceil(len(self.images) / self.batch_size)
 
+    def size(self, i: int) -> int:
+        """The images in batch i of an epoch, of all processes together."""
+        return min(self.batch_size, len(self.images) - i * self.batch_size)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Batches of an epoch from number `start` on: x_0 (B, C, H, W) in [-1, 1], and y (B, ...) or None."""
+        slices = self.slices(epoch, start)
+        for images, y, mirrored in slices if self.resident else ahead(slices):
+            x_0 = to_x_0(images.to(self.device, non_blocking=True))
+            if self.flip:
+                mirrored = mirrored.to(self.device, non_blocking=True)[:, None, None, None]
+                x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
+            yield x_0, None if y is None else y.to(self.device, non_blocking=True)
+
+    def slices(self, epoch: int, start: int) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        """The images (B, C, H, W) uint8 of each batch, y or None, and which to mirror (B,), where they live.
+
+        They are pinned if they have to travel: a copy from such memory does not keep the CPU waiting.
+        """
         generator = seeded_generator(self.seed, epoch)
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
+        pin = not self.resident and self.device.type == "cuda"
         for i in range(start, len(self)):
             index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            x_0 = to_x_0(self.images[index].to(self.device))
-            if self.flip:
-                x_0 = torch.where(mirrored[index, None, None, None].to(self.device), x_0.flip(-1), x_0)
-            yield x_0, None if self.y is None else self.y[index].to(self.device)
+            share = self.processes.share(index)
+            index = share if len(share) else index[:1]  # something to take part with: it will weigh nothing
+            batch = (self.images[index], None if self.y is None else self.y[index], mirrored[index])
+            yield tuple(part.pin_memory() if pin and part is not None else part for part in batch)
+
+
+def room(device: torch.device) -> float:
+    """The bytes that are free on a GPU, or all of a CPU's; 8 GB where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if told else 8e9
+
+
+def ahead(items: Iterator, depth: int = 2) -> Iterator:
+    """The same items, made in a thread of their own while the last ones are used, at most `depth` ahead."""
+    waiting, end = queue.Queue(depth), threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                while not end.is_set():
+                    with suppress(queue.Full):
+                        waiting.put((item, None), timeout=0.1)
+                        break
+                if end.is_set():
+                    return
+            last = StopIteration()
+        except BaseException as error:
+            last = error  # it is raised where the items are used
+        while not end.is_set():
+            with suppress(queue.Full):
+                return waiting.put((None, last), timeout=0.1)
+
+    threading.Thread(target=make, daemon=True).start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield item
+    finally:
+        end.set()
 
 
 def hold_out(count: int, seed: int, task: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -842,8 +974,15 @@ def new_path(path: Path, suffix: str = "") -> Path:
 
 
 def digest(array: torch.Tensor) -> str:
-    """A hash of an array's shape and bytes: equal for equal data sets."""
-    return hashlib.sha256(str(tuple(array.shape)).encode() + array.numpy().tobytes()).hexdigest()[:16]
+    """A hash of an array's shape and bytes: equal for equal data sets.
+
+    Of more than 1 GiB it sees 1 GiB, evenly spread: reading all of a large set takes minutes.
+    """
+    found = hashlib.sha256(str(tuple(array.shape)).encode())
+    every = max(1, math.ceil(array.numel() * array.element_size() / 2**30))
+    for part in array[::every].split(CHUNK):
+        found.update(part.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1287,6 +1426,116 @@ def save_animation(frames: list[Image.Image], path: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Several processes. `torchrun --nproc_per_node=N SCRIPT ...` starts N of them, numbers them by RANK and ends
+# them all when one ends; here is all that the scripts know of each other.
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, this one's number among them, and what they do together: one if alone."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, items):
+        """What this process has of a sequence or a tensor: items rank, rank + count, ..."""
+        return items[self.rank :: self.count]
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of x over all processes; in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def any(self, *here: bool, device: torch.device | str = "cpu") -> list[bool]:
+        """For each of some questions, whether any process says yes."""
+        if self.count == 1:
+            return list(here)
+        return (self.add(torch.tensor(here, dtype=torch.int32, device=device)) > 0).tolist()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def told(self, value: object) -> object:
+        """What the first process has for `value`."""
+        if self.count == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """A block that the first process, then the first of each machine, is through with before the others
+        begin: they find its files.
+        """
+        turn = 0 if self.first else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
+        for _ in range(turn):
+            self.wait()
+        yield
+        for _ in range(2 - turn):
+            self.wait()
+
+
+PATIENCE = timedelta(hours=2)  # how long the others wait for the first process: it decodes, draws previews
+
+
+def join_processes(device: torch.device) -> Processes:
+    """Meet the other processes that torchrun started, if it started this one.
+
+    UserError where PyTorch lacks what they talk by, or there are more of them than GPUs.
+    """
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return Processes()
+    talk = torch.distributed
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if not talk.is_available() or not getattr(talk, f"is_{backend}_available")():
+        instead = "; --device cpu needs gloo instead" if backend == "nccl" else ""
+        raise UserError(f"this PyTorch has no {backend}, by which processes on {device.type} talk{instead}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not talk.is_initialized():
+        try:
+            talk.init_process_group(backend, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the {count} processes could not meet: {first_line(error)}") from None
+    return Processes(talk.get_rank(), talk.get_world_size())
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended."""
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error says that another process could not be reached."""
+    names = ("gloo", "nccl", "connection closed", "connection reset", "c10d")
+    return torch.distributed.is_available() and any(name in str(error).lower() for name in names)
+
+
+def launch_name() -> str | None:
+    """What stays the same when torchrun starts its processes again; None without it."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    return job and f"{job} {socket.gethostname()} {os.getppid()}"
+
+
+def restarted() -> bool:
+    """Whether torchrun has started these processes again, after one of them died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command-line plumbing
 
 
@@ -1302,6 +1551,13 @@ def get_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(":")
+    if kind == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes on a machine each takes a GPU
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if available["cuda"] and here > (1 if index else gpus):
+            raise UserError(f"{here} processes for {gpus} GPUs: lower --nproc_per_node, or use --device cpu")
+        name, index = (
+            (name, index) if index else (f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"])
+        )
     if kind not in available or (index and not index.isdigit()):
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
     if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
@@ -1445,6 +1701,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
+        if stop.is_set() and signum == signal.SIGTERM and "LOCAL_RANK" in os.environ:
+            return  # torchrun passes on a Ctrl-C that its processes have had from the terminal
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
@@ -1478,16 +1736,24 @@ def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argp
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
-    name = Path(sys.argv[0]).name
+    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2.
+
+    Of several processes on a machine the first one speaks; the others tell only what they alone know.
+    """
+    name, silent = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) > 0
     try:
-        main()
+        with ExitStack() as quiet:
+            if silent:
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(redirect_stdout(nowhere))
+                quiet.enter_context(redirect_stderr(nowhere))
+            main()
+    except LostProcess as error:
+        os._exit(fail(f"{name}: error: {error}"))  # at once: to take leave of the others could take for ever
     except UserError as error:
-        sys.exit(fail(f"{name}: error: {error}"))
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # what PyTorch says of the CPU's memory
+        sys.exit(2 if silent else fail(f"{name}: error: {error}"))
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))
     except OSError as error:
@@ -1496,8 +1762,18 @@ def run_main(main: Callable[[], None]) -> None:
             fail(f"{name}: error: {error.strerror or error}{where} (is there room, and may you write there?)")
         )
     except KeyboardInterrupt:
-        print(f"{name}: stopped", file=sys.stderr)
+        if not silent:
+            print(f"{name}: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: that of a GPU, Python's own, or what PyTorch says of the CPU's memory."""
+    named = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def fail(message: str) -> int:
