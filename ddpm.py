@@ -673,20 +673,26 @@ def memory_of_training(
 ) -> tuple[int, int]:
     """The bytes that training holds whatever the batch, and for each image of it: x_0 (1, C, H, W) is one.
 
-    Counted: weights, their gradients, AdamW's two moments and the average; and what the forward pass of one
-    image keeps for the backward pass.
+    Counted: weights, their gradients, AdamW's two moments and the average; and what the forward pass keeps
+    for the backward pass, of one image and of two.
     """
-    kept: dict[int, int] = {}  # by address: a tensor may be kept twice
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
-        loss = loss_fn(net, x_0, y, torch.Generator(x_0.device).manual_seed(0))
     weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
-    del loss
-    return 5 * sum(weights.values()), sum(n for address, n in kept.items() if address not in weights)
+
+    def kept_of(n: int) -> int:
+        kept: dict[int, int] = {}  # by address: a tensor may be kept twice
+
+        def keep(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        x, of_x = x_0.repeat(n, 1, 1, 1), None if y is None else torch.cat([y] * n)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast():
+            loss = loss_fn(net, x, of_x, torch.Generator(x.device).manual_seed(0))
+        del loss
+        return sum(n for address, n in kept.items() if address not in weights)
+
+    one, two = kept_of(1), kept_of(2)
+    return 5 * sum(weights.values()) + max(0, 2 * one - two), two - one
 
 
 def what_fits(
@@ -1018,15 +1024,15 @@ def model_name(config: dict) -> str:
     return f"{config['dataset']}, epoch {config['epoch']}"
 
 
-def use_bf16(precision: str, device: torch.device, width: int) -> bool:
-    """Whether to train in bfloat16: where the chip has it natively and the layers are wide enough to gain."""
+def use_bf16(precision: str, device: torch.device, config: dict) -> bool:
+    """Whether to compute in bfloat16: where the chip has it natively, and layers are wide enough to gain."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # what a CPU may have for it
     has_it = any(getattr(torch.cpu, question, bool)() for question in questions)
-    return device.type == "cpu" and width >= 64 and has_it
+    return device.type == "cpu" and config["width"] * max(config["multipliers"]) >= 256 and has_it
 
 
 def fill_sample_steps(args: argparse.Namespace, T: int) -> None:
@@ -1091,7 +1097,7 @@ def quick(
     net: torch.nn.Module, args: argparse.Namespace, config: dict, device: torch.device
 ) -> torch.nn.Module:
     """The network as it samples fastest: in half precision where that gains, compiled, or captured."""
-    if use_bf16(args.precision, device, config["width"]):
+    if use_bf16(args.precision, device, config):
         for module in net.modules():  # once, and not at every step; norms stay in float32
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.to(torch.bfloat16)
@@ -1280,7 +1286,7 @@ def run_training(
         task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
     options = ("epochs", "lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "accumulate")
-    bf16 = use_bf16(args.precision, device, args.width)
+    bf16 = use_bf16(args.precision, device, config)
     try:
         ema = train(
             net,

@@ -1,19 +1,32 @@
-"""How fast is it: ratios, each of two alternatives run in turn, so that a busy machine slows both.
+"""How fast is it? Tables of training and sampling, as shares of what the machine can do, and of a yardstick.
 
-python tests/benchmark.py            on the CPU about three minutes; with a GPU, --device cuda
+python tests/benchmark.py                        all tables, on a CPU about a quarter of an hour
+python tests/benchmark.py --sizes 16 --seconds 1 --no-compile
+python tests/benchmark.py --scale                a data set of 10,000 images and one of 1,000,000 (12 GB)
+
+Compare ratios, not times: the matrix rate (a large product of two matrices in the same precision) and the
+yardstick, a plain UNet of 27 M parameters, are measured in the same run.
 """
 
 import argparse
+import json
+import math
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,66 +35,284 @@ import ddpm_conditional
 import utils
 from modules import EMA, ConditionalUNet, UNet
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+YARDSTICK = dict(width=64, multipliers=[1, 2, 4, 4], blocks=2, attention=[2, 3])  # at 64x64, batch 12
+GROWTH = 4  # from one batch to the next
+PARTS = ("data", "forward", "backward", "optimizer", "EMA", "logging")
 
-def ratio(name: str, slow: Callable, fast: Callable, repeats: int, device: torch.device) -> None:
-    """Run both in turn and print the median of slow / fast, with the medians in milliseconds."""
+
+def settings(size: int) -> dict:
+    """The default network for images of that size, as for MNIST at 28 and photographs at 32."""
+    defaults = ddpm.unet_defaults(size, simple=size == 28)
+    return {key: defaults[key] for key in ("width", "multipliers", "blocks", "attention")}
+
+
+def channels_of(size: int) -> int:
+    return 1 if size in (16, 28) else 3
+
+
+def wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP a second of a large matrix product, the best of several."""
+    n = 3072 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(8):
+        wait(device)
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+class Training:
+    """Training a network step by step, as train() does it."""
+
+    def __init__(
+        self, size: int, batch: int, device: torch.device, bf16: bool, compile: bool = False, net=None
+    ):
+        torch.manual_seed(0)
+        channels = channels_of(size)
+        self.net = ddpm.place(UNet(channels, **(net or settings(size))), device)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), fused=device.type != "mps")
+        self.model = ddpm.Compiled(self.net, device) if compile else self.net
+        self.ema, self.diffusion, self.device = EMA(self.net), ddpm.Diffusion(), device
+        images = torch.randint(0, 256, (max(4 * batch, 64), channels, size, size), dtype=torch.uint8)
+        self.loader, self.batches = utils.Loader(images, batch, device, flip=True), iter(())
+        self.generator, self.pending = torch.Generator(device).manual_seed(0), []
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+
+    def batch(self) -> torch.Tensor:
+        x_0 = next(self.batches, (None,))[0]
+        if x_0 is None:
+            self.batches = self.loader.epoch(0)
+            x_0, _ = next(self.batches)
+        return x_0
+
+    def flops(self) -> int:
+        """Of a step, as PyTorch counts them."""
+        with FlopCounterMode(display=False) as counter:
+            self.diffusion.loss(self.net, self.batch()).backward()
+        return counter.get_total_flops()
+
+    def step(self, wait: Callable = lambda device: None) -> dict[str, float]:
+        """One step; the seconds of its parts, if `wait` waits for the device."""
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            wait(self.device)
+            marks.append(time.perf_counter())
+
+        x_0 = self.batch()
+        mark()
+        with self.autocast():
+            loss = self.diffusion.loss(self.model, x_0, None, self.generator)
+        mark()
+        self.optimizer.zero_grad()
+        loss.backward()
+        mark()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        mark()
+        self.ema.update(self.net, 0)
+        mark()
+        self.pending.append(torch.stack([loss.detach().float(), norm.detach().float()]))
+        if len(self.pending) >= ddpm.CHECK_EVERY:
+            torch.stack(self.pending).tolist()
+            self.pending.clear()
+        mark()
+        return dict(zip(PARTS, (b - a for a, b in pairwise(marks)), strict=True))
+
+
+def sampling(size: int, batch: int, device: torch.device, bf16: bool, compile: bool) -> Callable[[], None]:
+    """One evaluation of the default network as --sample makes it."""
+    net = ddpm.place(UNet(channels_of(size), **settings(size)), device).eval()
+    net.keep_times(1000)
+    args = argparse.Namespace(precision="bf16" if bf16 else "fp32", compile=compile)
+    net = ddpm.quick(net, args, settings(size), device)
+    x_t = torch.randn(batch, channels_of(size), size, size, device=device)
+    t = torch.full((batch,), 500, device=device)
+
+    def evaluation() -> None:
+        with torch.no_grad():
+            net(x_t, t)
+
+    return evaluation
+
+
+def seconds_each(f: Callable, device: torch.device, seconds: float) -> float:
+    """What one call takes, timed over at least so many seconds after two to warm up."""
+    for _ in range(2):
+        f()
+    wait(device)
+    calls, start = 0, time.perf_counter()
+    while True:
+        for _ in range(max(1, calls)):
+            f()
+            calls += 1
+        wait(device)
+        if time.perf_counter() - start > seconds:
+            return (time.perf_counter() - start) / calls
+
+
+def reset_peak(device: torch.device) -> float:
+    """Begin to measure the peak of memory anew; -> what is in use now, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return 0.0
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return status("VmRSS")
+    except OSError:
+        return math.nan
+
+
+def peak(device: torch.device) -> float:
+    """The most memory in use since then, in bytes; nan where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        return status("VmHWM")
+    except OSError:
+        return math.nan
+
+
+def status(key: str) -> float:
+    """An entry of Linux's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def measured(
+    size: int, batch: int, precision: str, compile: bool, device: torch.device, seconds: float, rates: dict
+) -> dict:
+    """A row of the table: training and sampling of the default network for a size."""
+    bf16, before = precision == "bf16", reset_peak(device)
+    training = Training(size, batch, device, bf16, compile)
+    flops = training.flops()
+    took = seconds_each(training.step, device, seconds)
+    memory, kept = peak(device) - before, sum(p.numel() for p in training.net.parameters())
+    del training
+    evaluation = seconds_each(sampling(size, batch, device, bf16, compile), device, seconds / 2)
+    return {
+        "size": size,
+        "parameters (M)": round(kept / 1e6, 2),
+        "batch": batch,
+        "precision": precision,
+        "compiled": "yes" if compile else "no",
+        "trains (img/s)": batch / took,
+        "samples (img/s)": batch / evaluation / 50,
+        "memory (MB)": memory / 1e6,
+        "GFLOP a step": flops / 1e9,
+        "of its matrix rate": flops / took / rates[precision],
+        "of the fp32 rate": flops / took / rates["fp32"],
+    }
+
+
+def too_large(size: int, batch: int, device: torch.device) -> bool:
+    """Whether training with such a batch would not fit, counted as the program counts."""
+    net, diffusion = UNet(channels_of(size), **settings(size)), ddpm.Diffusion()
+    x_0 = torch.zeros(1, channels_of(size), size, size)
+    fixed, each = ddpm.memory_of_training(net, diffusion.loss, x_0, None, nullcontext)
+    return fixed + batch * each > 0.8 * utils.room(device)
+
+
+def speed(args: argparse.Namespace, device: torch.device, rates: dict) -> list[dict]:
+    """The first table: every size, batches up to the largest, both precisions, compiled or not."""
+    rows = []
+    for size in args.sizes:
+        batch = 1
+        while not too_large(size, batch, device):
+            for precision in PRECISIONS:
+                rows.append(measured(size, batch, precision, False, device, args.seconds, rates))
+                show(rows[-1:], header=len(rows) == 1, quiet=args.json)
+            if batch / rows[-1]["trains (img/s)"] > args.longest:
+                break  # a step takes too long to go on
+            batch *= GROWTH
+        if not args.no_compile:
+            batch = 16 if device.type == "cpu" else 64
+            for precision in PRECISIONS:
+                rows.append(measured(size, batch, precision, True, device, args.seconds, rates))
+                show(rows[-1:], header=False, quiet=args.json)
+    return rows
+
+
+def yardstick(device: torch.device, rates: dict, repeats: int) -> dict:
+    """A step of the default network at 64x64 with all that is on by default, and one of the yardstick."""
+    bf16 = ddpm.use_bf16("auto", device, settings(64))
+    ours = Training(64, 12, device, bf16)
+    plain = Training(64, 12, device, bf16=True, net=YARDSTICK)
+    if device.type == "cuda":
+        plain.net.to(memory_format=torch.channels_last)
+    took = {ours: [], plain: []}
+    for repeat in range(repeats + 1):
+        for training, times in took.items():
+            wait(device)
+            start = time.perf_counter()
+            training.step()
+            wait(device)
+            times += [time.perf_counter() - start] if repeat else []
+    flops = {training: training.flops() for training in took}
+    ratios = [a / b for a, b in zip(took[ours], took[plain], strict=True)]
+    return {
+        "default (ms)": 1000 * statistics.median(took[ours]),
+        "yardstick (ms)": 1000 * statistics.median(took[plain]),
+        "default / yardstick": statistics.median(ratios),
+        "default (GFLOP)": flops[ours] / 1e9,
+        "yardstick (GFLOP)": flops[plain] / 1e9,
+        "default, of the fp32 rate": flops[ours] / statistics.median(took[ours]) / rates["fp32"],
+        "default, of the bf16 rate": flops[ours] / statistics.median(took[ours]) / rates["bf16"],
+    }
+
+
+def breakdown(size: int, device: torch.device) -> dict:
+    """Where the time of a step goes, in %, at the default precision and batch, on a CPU at most 16."""
+    defaults = ddpm.unet_defaults(size, simple=size == 28)
+    batch = min(defaults["batch_size"], 16) if device.type == "cpu" else defaults["batch_size"]
+    training = Training(size, batch, device, ddpm.use_bf16("auto", device, defaults))
+    for _ in range(3):
+        training.step()
+    steps = [training.step(wait) for _ in range(25 if device.type != "cpu" or size <= 32 else 5)]
+    means = {part: statistics.mean(step[part] for step in steps) for part in PARTS}
+    return {"size": size, "batch": batch} | {
+        f"{k} (%)": 100 * v / sum(means.values()) for k, v in means.items()
+    }
+
+
+def ratio(name: str, slow: Callable, fast: Callable, repeats: int, device: torch.device) -> dict:
+    """Run both in turn; the median of slow / fast."""
     seconds: dict[Callable, list[float]] = {slow: [], fast: []}
     for repeat in range(repeats + 1):
         for f in (slow, fast):
             start = time.perf_counter()
             f()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait(device)
             if repeat:  # the first is a warm-up
                 seconds[f].append(time.perf_counter() - start)
     of = statistics.median(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
-    was, now = (1000 * statistics.median(seconds[f]) for f in (slow, fast))
-    print(f"{of:7.2f} x  {name}  ({was:.1f} ms -> {now:.1f} ms)", flush=True)
+    return {"one way -> another": name, "ratio": of}
 
 
-def training_step(
-    size: int, batch: int, device: torch.device, bf16=False, channels_last=False, compile=False
-) -> Callable[[], None]:
-    """One step of training the default network for `size`, as train() takes it."""
-    torch.manual_seed(0)
-    defaults = ddpm.unet_defaults(size)
-    net = UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")}).to(device)
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
-    model, ema, diffusion = torch.compile(net) if compile else net, EMA(net), ddpm.Diffusion()
-    x_0 = torch.rand(batch, 3, size, size, device=device) * 2 - 1
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = diffusion.loss(model, x_0)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        ema.update(net, 0)
-
-    return step
-
-
-def guidance_step(size: int, batch: int, device: torch.device) -> tuple[Callable, Callable]:
+def guidance(size: int, batch: int, device: torch.device) -> tuple[Callable, Callable]:
     """One evaluation of classifier-free guidance, both halves in one batch, and one unconditional one."""
     torch.manual_seed(0)
-    defaults = ddpm.unet_defaults(size)
-    settings = {k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")}
-    net, diffusion = ddpm.place(ConditionalUNet(10, 3, **settings), device).eval(), ddpm.Diffusion()
-    x_t = torch.randn(batch, 3, size, size, device=device)
+    net = ddpm.place(ConditionalUNet(10, 3, **settings(size)), device).eval()
+    net.keep_times(1000)
+    diffusion, x_t = ddpm.Diffusion(), torch.randn(batch, 3, size, size, device=device)
     t, y = torch.full((batch,), 500, device=device), torch.arange(batch, device=device) % 10
     guided, plain = ddpm_conditional.cfg(diffusion, net, y, 3.0), diffusion.denoiser(net)
 
-    def run(eps_theta: Callable) -> Callable[[], None]:
-        def step() -> None:
-            with torch.no_grad():
-                eps_theta(x_t, t)
+    def run(eps_theta: Callable) -> None:
+        with torch.no_grad():
+            eps_theta(x_t, t)
 
-        return step
-
-    return run(guided), run(plain)
+    return partial(run, guided), partial(run, plain)
 
 
 def loading(folder: Path, device: torch.device) -> tuple[Callable, Callable]:
@@ -108,44 +339,111 @@ def loading(folder: Path, device: torch.device) -> tuple[Callable, Callable]:
     return epoch_usual, epoch_ours
 
 
+def alternatives(device: torch.device) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        name = "an epoch of 600 image files: a DataLoader that decodes -> batches of one array"
+        rows = [ratio(name, *loading(Path(folder), device), 3, device)]
+    for size, batch in ((16, 32), (64, 4)):
+        guided = guidance(size, batch, device)
+        rows.append(
+            ratio(f"a step of guidance at {size}x{size} -> an unconditional one", *guided, 15, device)
+        )
+    return rows
+
+
+def scale(counts: list[int], device: torch.device, folder: str | None) -> list[dict]:
+    """Images a second and memory of reading batches of 64 from a generated file of so many 64x64 images."""
+    rows = []
+    for n in counts:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            path, noise = Path(place) / "images.npy", np.random.default_rng(0)
+            images = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 64, 64, 3))
+            for start in range(0, n, 10000):
+                images[start : start + 10000] = noise.integers(
+                    0, 256, images[start : start + 10000].shape, np.uint8
+                )
+            images.flush()
+            del images
+            data = utils.get_data("folder", path)
+            before = own_memory()
+            loader = utils.Loader(data.images, 64, device, flip=True)
+            done, start = 0, time.perf_counter()
+            for x_0, _ in loader.epoch(0):
+                done += len(x_0)
+                if time.perf_counter() - start > 20:
+                    break
+            wait(device)
+            took = time.perf_counter() - start
+            rows.append({"images": n, "file (GB)": path.stat().st_size / 1e9, "reads (img/s)": done / took})
+            rows[-1]["memory of the process, more than before (MB)"] = (own_memory() - before) / 1e6
+            del data, loader, x_0
+    return rows
+
+
+def own_memory() -> float:
+    """What the process holds that is no file's: pages of a mapped file may be dropped at any time."""
+    return status("RssAnon") if Path("/proc/self/status").exists() else math.nan
+
+
+def show(rows: list[dict], header: bool = True, quiet: bool = False) -> None:
+    """Rows as a table in Markdown."""
+    if quiet or not rows:
+        return
+
+    def text(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+    if header:
+        print("\n| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(text(value) for value in row.values()) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="auto")
-    device = utils.get_device(parser.parse_args().device)
-    print(f"on {device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    with tempfile.TemporaryDirectory() as folder:
-        slow, fast = loading(Path(folder), device)
-        ratio(
-            "an epoch of 600 images: a DataLoader that decodes -> batches of one array", slow, fast, 3, device
-        )
-
-    cpu = device.type == "cpu"
-    for size, batch in ((16, 32), (32, 16 if cpu else 256), (64, 4 if cpu else 64)):
-        repeats = {16: 15, 32: 4, 64: 3}[size] if cpu else 20
-        plain = training_step(size, batch, device)
-        last = training_step(size, batch, device, channels_last=True)
-        ratio(
-            f"a training step at {size} x {size}: contiguous -> channels last", plain, last, repeats, device
-        )
-        bf16 = training_step(size, batch, device, bf16=True, channels_last=cpu)
-        ratio(
-            f"a training step at {size} x {size}: float32 -> bfloat16",
-            last if cpu else plain,
-            bf16,
-            repeats,
-            device,
-        )
-        guided, plain = guidance_step(size, batch, device)
-        name = f"a step of guidance at {size} x {size}, over an unconditional one"
-        ratio(name, guided, plain, 3 * repeats, device)
-        if not cpu:
-            compiled = training_step(size, batch, device, bf16=True, compile=True)
-            ratio(
-                f"a training step at {size} x {size}: bfloat16 -> compiled", bf16, compiled, repeats, device
-            )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[16, 28, 32, 64, 128])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument(
+        "--longest", type=float, default=2.0, help="seconds of a step, to go on to larger batches"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out the compiled networks")
+    parser.add_argument("--scale", action="store_true", help="only the data set of 1,000,000 images")
+    parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 1_000_000], help="--scale: images")
+    parser.add_argument(
+        "--folder", help="--scale: where the file is made (default: where temporary files go)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args()
+    device = utils.get_device(args.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
+    found: dict = {
+        "device": f"{device} ({name})",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if args.scale:
+        found["scale"] = scale(args.counts, device, args.folder)
+        show(found["scale"], quiet=args.json)
+    else:
+        rates = {name: matrix_rate(dtype, device) for name, dtype in PRECISIONS.items()}
+        found["matrix rate (GFLOP/s)"] = {name: rate / 1e9 for name, rate in rates.items()}
+        show([found | found.pop("matrix rate (GFLOP/s)")], quiet=args.json)
+        found["matrix rate (GFLOP/s)"] = {name: rate / 1e9 for name, rate in rates.items()}
+        found["yardstick"] = yardstick(device, rates, 5)
+        show([found["yardstick"]], quiet=args.json)
+        found["breakdown"] = [breakdown(size, device) for size in args.sizes]
+        show(found["breakdown"], quiet=args.json)
+        found["alternatives"] = alternatives(device)
+        show(found["alternatives"], quiet=args.json)
+        found["speed"] = speed(args, device, rates)
+    if args.json:
+        print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    utils.run_main(main)

@@ -76,7 +76,7 @@ def stepper(args: argparse.Namespace):
     optimizer, ema = torch.optim.AdamW(net.parameters(), fused=args.device.type != "mps"), EMA(net)
     loader = utils.Loader(args.data.images, args.batch_size, args.device, None, args.flip)
     x_0, _ = next(loader.epoch(0))
-    bf16 = ddpm.use_bf16(args.precision, args.device, args.width)
+    bf16 = ddpm.use_bf16(args.precision, args.device, vars(args))
 
     def step() -> float:
         start = time.perf_counter()
@@ -142,7 +142,7 @@ def main() -> None:
                 args.data.images, args.batch_size, args.device, None, args.flip, args.seed, steps=steps
             )
             keep = ("lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
-            bf16 = ddpm.use_bf16(args.precision, args.device, args.width)
+            bf16 = ddpm.use_bf16(args.precision, args.device, vars(args))
             options = {key: getattr(args, key) for key in keep} | {"epochs": 1, "bf16": bf16}
             with tempfile.TemporaryDirectory() as folder:
                 ema = ddpm.train(net, diffusion.loss, loader, Path(folder), **options)

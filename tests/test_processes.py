@@ -1,0 +1,312 @@
+"""Several processes: the same gradients, runs and samples as one, and what happens when one of them dies."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, TINY, error_line
+
+import ddpm
+import ddpm_conditional
+import utils
+from modules import ConditionalUNet
+from utils import Processes
+
+
+def torchrun(folder, *command, processes=2, options=(), **more):
+    """Start `torchrun ... SCRIPT ...` in a folder; -> the process, its output piped."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    script, *flags = command
+    everything = [*run, *options, str(PROJECT / script), *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(everything, cwd=folder, env=env, **pipes, **more)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def weights(run):
+    return torch.load(Path(run) / "ckpt.pt", weights_only=True)
+
+
+def assert_same_weights(a, b, tolerance):
+    for part in ("net", "ema"):
+        for key, value in a[part].items():
+            assert (value - b[part][key]).abs().max() < tolerance, (part, key)
+
+
+# shares
+
+
+def test_shares_are_a_partition():
+    items = list(range(11))
+    shares = [Processes(rank, 3).share(items) for rank in range(3)]
+    assert (
+        sorted(i for share in shares for i in share) == items
+        and max(map(len, shares)) - min(map(len, shares)) <= 1
+    )
+    assert Processes().share(items) == items and Processes().first and not Processes(1, 2).first
+
+
+def test_the_shares_of_a_batch_are_the_batch():
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2)
+    loaders = [
+        utils.Loader(images, 4, y=torch.arange(10), flip=True, seed=3, processes=Processes(rank, 2))
+        for rank in range(2)
+    ]
+    whole = utils.Loader(images, 4, y=torch.arange(10), flip=True, seed=3)
+    for i, (one, *two) in enumerate(
+        zip(whole.epoch(1), *(loader.epoch(1) for loader in loaders), strict=True)
+    ):
+        assert whole.size(i) == len(one[0]) == sum(len(x) for x, _ in two)
+        for rank, (x, y) in enumerate(two):
+            assert torch.equal(x, one[0][rank::2]) and torch.equal(y, one[1][rank::2])
+
+
+def test_a_share_draws_what_the_whole_batch_would():
+    def generator():
+        return torch.Generator().manual_seed(5)
+
+    x = torch.zeros(7, 2, 3, 3)
+    whole = ddpm.randn_like(x, generator())
+    part = ddpm.randn_like(x[1::3], ddpm.Share(generator(), range(1, 7, 3), 7))
+    assert torch.equal(part, whole[1::3])
+    diffusion = ddpm.Diffusion(50)
+    times = diffusion.sample_timesteps(x, generator())
+    assert torch.equal(
+        diffusion.sample_timesteps(x[1::3], ddpm.Share(generator(), range(1, 7, 3), 7)), times[1::3]
+    )
+
+
+# gradients
+
+ALONE, BATCH = Processes(), 7
+
+
+def gradients(processes=ALONE, parts=1, batch=BATCH):
+    """Loss and gradients of a small network in float64 on a batch that this process has a share of."""
+    torch.manual_seed(0)
+    net = ConditionalUNet(10, 1, 8, (1, 2), 1, (1,)).double()
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x_0, y = torch.rand(batch, 1, 8, 8, dtype=torch.float64) * 2 - 1, torch.arange(batch)
+    diffusion = ddpm.Diffusion(100, "cosine", "v")
+    loss_fn = ddpm_conditional.conditional_loss(diffusion, 0.5)
+    model = net
+    if processes.count > 1:
+        model = torch.nn.parallel.DistributedDataParallel(net)
+    mine = [processes.share(part) if len(processes.share(part)) else part[:1] for part in (x_0, y)]
+    loss = ddpm.batch_gradient(
+        model, loss_fn, *mine, torch.Generator().manual_seed(1), batch, processes, parts
+    )
+    return processes.add(loss.clone()) / processes.count, [p.grad for p in net.parameters()]
+
+
+def gradients_of_a_process(rank, folder):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    found = [gradients(Processes(rank, 2), parts, batch) for parts, batch in ((1, BATCH), (2, BATCH), (1, 1))]
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def largest_difference(a, b):
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{PROJECT}:{PROJECT / 'tests'}")
+    torch.multiprocessing.spawn(gradients_of_a_process, (str(tmp_path),), 2)
+    loss, grads = gradients()
+    alone = gradients(batch=1)
+    assert max(g.abs().max().item() for g in grads) > 0.01
+    for rank in range(2):
+        whole, in_parts, one_image = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for two in (whole, in_parts):
+            assert abs(two[0] - loss) < 1e-10 and largest_difference(two[1], grads) < 1e-10
+        assert (
+            largest_difference(one_image[1], alone[1]) < 1e-10
+        )  # one process has no image: it weighs nothing
+
+
+@pytest.mark.parametrize("parts", [2, 3, 7, 20])
+def test_gradients_in_parts_are_those_of_the_whole_batch(parts):
+    loss, grads = gradients()
+    loss_of_parts, in_parts = gradients(parts=parts)
+    assert abs(loss_of_parts - loss) < 1e-12 and largest_difference(in_parts, grads) < 1e-12
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    out, _ = finished(torchrun(folder, "ddpm.py", *TINY, "--batch-size", 15))
+    assert out.count("2 processes") == 1 and out.count("network ") == 1
+    return folder
+
+
+def test_a_run_of_two_processes_is_that_of_one(two, cli):
+    assert os.listdir(two / "runs") == ["ddpm_digits"]
+    cli(*TINY, "--batch-size", "15")
+    one = weights("runs/ddpm_digits")
+    assert weights(two / "runs/ddpm_digits")["step"] == one["step"] == 8  # of 15, 15, 15 and 3 images
+    assert_same_weights(weights(two / "runs/ddpm_digits"), one, 1e-4)
+    rows = [list(csv.DictReader(open(f / "runs/ddpm_digits/log.csv"))) for f in (two, Path("."))]
+    for a, b in zip(*rows, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), abs=2e-5)
+
+
+def test_sampling_by_two_processes_gives_the_same_files(two, cli):
+    run, out = two / "runs/ddpm_digits", two / "images"
+    how = ("--sample", 11, "--batch-size", 3, "--sample-steps", 5)
+    finished(torchrun(two, "ddpm.py", *how, "--checkpoint", run, "--out", out))
+    cli(*how, "--checkpoint", run, "--out", "one")
+    names = [f"{i:05d}.png" for i in range(11)]
+    assert sorted(os.listdir(out)) == sorted(os.listdir("one")) == names
+    for name in names:
+        assert (out / name).read_bytes() == Path("one", name).read_bytes()
+
+
+# one of them dies
+
+
+def started(folder, *options):
+    """A run of two processes that would take minutes, once it has trained an epoch; -> it, its children."""
+    process = torchrun(folder, "ddpm.py", *TINY, "--epochs", 400, "--preview-every", 400, options=options)
+    log = folder / "runs/ddpm_digits/log.csv"
+    wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 2, process)
+    return process, children(process.pid)
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+
+
+@needs_proc
+def test_a_process_that_dies_ends_the_others_with_a_message_and_one_goes_on(tmp_path, cli):
+    process, workers = started(tmp_path)
+    os.kill(workers[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "another process has ended" in err and "--resume runs/ddpm_digits" in err
+    os.chdir(tmp_path)
+    at = weights("runs/ddpm_digits")["epoch"]
+    assert at >= 1
+    assert cli("--resume", tmp_path / "runs/ddpm_digits", "--epochs", at + 2).code == 0  # alone
+    assert weights(tmp_path / "runs/ddpm_digits")["epoch"] == at + 2
+
+
+@needs_proc
+def test_torchrun_starts_them_again_from_the_last_checkpoint(tmp_path):
+    process, workers = started(tmp_path, "--max-restarts=1")
+    log = tmp_path / "runs/ddpm_digits/log.csv"
+    os.kill(workers[0], signal.SIGKILL)
+    wait_for(lambda: (now := children(process.pid)) and not set(now) & set(workers), process)
+    before = weights(tmp_path / "runs/ddpm_digits")["epoch"]
+    wait_for(lambda: len(log.read_text().splitlines()) > before + 3, process)
+    os.killpg(process.pid, signal.SIGINT) if os.getpgid(process.pid) == process.pid else process.terminate()
+    process.communicate(timeout=90)
+    assert os.listdir(tmp_path / "runs") == ["ddpm_digits"]
+    epochs = [int(row["epoch"]) for row in csv.DictReader(open(log))]
+    assert epochs == list(range(1, len(epochs) + 1))  # it went on, and began nothing twice
+
+
+@needs_proc
+def test_a_signal_to_torchrun_saves_and_stops(tmp_path):
+    process, _ = started(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=90)
+    assert "stopped and saved; go on with" in err and "another process" not in err
+    state = weights(tmp_path / "runs/ddpm_digits")
+    assert state["step"] >= 6 and state["epoch"] < 400
+
+
+# what can be wrong
+
+
+@pytest.fixture
+def three(monkeypatch):
+    monkeypatch.setattr(utils, "join_processes", lambda device: Processes(0, 3))
+    monkeypatch.setattr(Processes, "wait", lambda self: None)
+    monkeypatch.setattr(Processes, "told", lambda self, value: value)
+
+
+def test_more_processes_than_images(cli, three):
+    line = error_line(cli(*TINY, "--batch-size", "2"))
+    assert "3 processes" in line and "2 images" in line and "--nproc_per_node" in line
+    assert not Path("runs").exists()
+
+
+def test_more_parts_than_images(cli):
+    assert "--accumulate 17" in error_line(cli(*TINY, "--accumulate", "17"))
+
+
+def test_several_processes_sample_into_a_folder(two, cli, three):
+    assert "--out" in error_line(cli("--sample", "4", "--checkpoint", two / "runs/ddpm_digits"))
+
+
+@pytest.mark.parametrize("missing", ["is_available", "is_gloo_available"])
+def test_gloo_is_missing(cli, monkeypatch, missing):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, missing, lambda: False)
+    assert "gloo" in error_line(cli(*TINY))
+
+
+def test_nccl_is_missing(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(utils.UserError, match=r"nccl.*--device cpu"):
+        utils.join_processes(torch.device("cuda:0"))
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(utils.UserError, match="3 processes for 2 GPUs"):
+        utils.get_device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert utils.get_device("auto") == utils.get_device("cuda") == torch.device("cuda:1")
+
+
+def test_processes_that_cannot_meet(cli, monkeypatch):
+    for name, value in (
+        ("WORLD_SIZE", "2"),
+        ("RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "no"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert "could not meet" in error_line(cli(*TINY))
+
+
+def test_settings_of_the_run_name_its_launch_only_under_torchrun(two, cli):
+    cli(*TINY)
+    assert not Path("runs/ddpm_digits/launch").exists()
+    assert (two / "runs/ddpm_digits/launch").exists()
+    assert json.load(open(two / "runs/ddpm_digits/config.json"))["batch_size"] == 15
