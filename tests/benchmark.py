@@ -160,66 +160,46 @@ def seconds_each(f: Callable, device: torch.device, seconds: float) -> float:
             return (time.perf_counter() - start) / calls
 
 
-def reset_peak(device: torch.device) -> float:
-    """Begin to measure the peak of memory anew; -> what is in use now, in bytes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return 0.0
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return status("VmRSS")
-    except OSError:
-        return math.nan
-
-
-def peak(device: torch.device) -> float:
-    """The most memory in use since then, in bytes; nan where nobody tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    try:
-        return status("VmHWM")
-    except OSError:
-        return math.nan
-
-
-def status(key: str) -> float:
-    """An entry of Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+def counted(size: int, precision: str) -> tuple[int, int]:
+    """The bytes of training whatever the batch, and of each image, as the program counts them."""
+    net, diffusion, x_0 = UNet(channels_of(size), **settings(size)), ddpm.Diffusion(), torch.zeros(1, 1, 1, 1)
+    x_0 = x_0.expand(1, channels_of(size), size, size)
+    half = partial(torch.autocast, "cpu", torch.bfloat16) if precision == "bf16" else nullcontext
+    return ddpm.memory_of_training(net, diffusion.loss, x_0, None, half)
 
 
 def measured(
     size: int, batch: int, precision: str, compile: bool, device: torch.device, seconds: float, rates: dict
 ) -> dict:
     """A row of the table: training and sampling of the default network for a size."""
-    bf16, before = precision == "bf16", reset_peak(device)
+    cuda, bf16 = device.type == "cuda", precision == "bf16"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     training = Training(size, batch, device, bf16, compile)
     flops = training.flops()
     took = seconds_each(training.step, device, seconds)
-    memory, kept = peak(device) - before, sum(p.numel() for p in training.net.parameters())
+    fixed, each = counted(size, precision)
+    memory, kept = fixed + batch * each, sum(p.numel() for p in training.net.parameters())
     del training
-    evaluation = seconds_each(sampling(size, batch, device, bf16, compile), device, seconds / 2)
-    return {
+    row = {
         "size": size,
         "parameters (M)": round(kept / 1e6, 2),
         "batch": batch,
         "precision": precision,
         "compiled": "yes" if compile else "no",
         "trains (img/s)": batch / took,
-        "samples (img/s)": batch / evaluation / 50,
-        "memory (MB)": memory / 1e6,
+        "memory (MB)": (torch.cuda.max_memory_allocated() if cuda else memory) / 1e6,
         "GFLOP a step": flops / 1e9,
         "of its matrix rate": flops / took / rates[precision],
         "of the fp32 rate": flops / took / rates["fp32"],
     }
+    evaluation = seconds_each(sampling(size, batch, device, bf16, compile), device, seconds / 2)
+    return row | {"samples (img/s)": batch / evaluation / 50}
 
 
 def too_large(size: int, batch: int, device: torch.device) -> bool:
-    """Whether training with such a batch would not fit, counted as the program counts."""
-    net, diffusion = UNet(channels_of(size), **settings(size)), ddpm.Diffusion()
-    x_0 = torch.zeros(1, channels_of(size), size, size)
-    fixed, each = ddpm.memory_of_training(net, diffusion.loss, x_0, None, nullcontext)
+    """Whether training with such a batch would not fit."""
+    fixed, each = counted(size, "fp32")
     return fixed + batch * each > 0.8 * utils.room(device)
 
 
@@ -248,8 +228,6 @@ def yardstick(device: torch.device, rates: dict, repeats: int) -> dict:
     bf16 = ddpm.use_bf16("auto", device, settings(64))
     ours = Training(64, 12, device, bf16)
     plain = Training(64, 12, device, bf16=True, net=YARDSTICK)
-    if device.type == "cuda":
-        plain.net.to(memory_format=torch.channels_last)
     took = {ours: [], plain: []}
     for repeat in range(repeats + 1):
         for training, times in took.items():
@@ -381,8 +359,13 @@ def scale(counts: list[int], device: torch.device, folder: str | None) -> list[d
 
 
 def own_memory() -> float:
-    """What the process holds that is no file's: pages of a mapped file may be dropped at any time."""
-    return status("RssAnon") if Path("/proc/self/status").exists() else math.nan
+    """What the process holds that is no file's, in bytes: pages of a mapped file may be dropped at any time.
+
+    nan where the system does not tell, as Linux does.
+    """
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), math.nan)
 
 
 def show(rows: list[dict], header: bool = True, quiet: bool = False) -> None:
