@@ -719,8 +719,8 @@ def decoded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images of a source, (M, C, size, size) uint8, and the positions (M,) of those that can be read.
 
-    They are mapped from `cache_file`, which is made first if it is not there and whole: the set may be larger
-    than the memory. Where it can't be written, they are held in memory.
+    They come from `cache_file`, which is made first if it is not there and whole; a large set is mapped from
+    it and may be larger than the memory. Where it can't be written, they are held in memory.
     """
     shape = (len(source.images), channels, size, size)
     found = mapped(cache_file, shape)
@@ -751,8 +751,11 @@ def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator) -> N
         np.save(file, np.array(kept, dtype=np.int64))
 
 
+MAPPED = 2**28  # bytes from which on a set is mapped; a smaller one is read, and its file matters no more
+
+
 def mapped(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """What write_cache wrote, the images mapped into memory; None where it is not there, or damaged."""
+    """What write_cache wrote, a large set mapped into memory; None where it is not there, or damaged."""
     try:
         images = np.load(cache_file, mmap_mode="c", allow_pickle=False)  # "c": PyTorch wants it writable
         with open(cache_file, "rb") as file:
@@ -760,7 +763,8 @@ def mapped(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.nda
             kept = np.load(file, allow_pickle=False)
         if images.shape != shape or images.dtype != np.uint8:
             raise ValueError
-        return images[: len(kept)], kept
+        images = images[: len(kept)]
+        return (images if images.nbytes > MAPPED else np.array(images)), kept
     except FileNotFoundError:
         return None
     except Exception:  # cut short or damaged, in one of many ways: it is made anew

@@ -381,7 +381,8 @@ def own_memory():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize("decoded", [False, True])
-def test_memory_does_not_grow_with_the_data_set(tmp_path, decoded):
+def test_memory_does_not_grow_with_the_data_set(tmp_path, monkeypatch, decoded):
+    monkeypatch.setattr(utils, "MAPPED", 10**7)
     save_array(tmp_path / "a.npy", 25_000, 32)  # 77 MB
     size = 16 if decoded else 32  # 19 MB
     get = partial(utils.get_data, "folder", tmp_path / "a.npy", image_size=size, cache_dir=tmp_path / "cache")
