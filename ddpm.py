@@ -1240,7 +1240,8 @@ def run_training(
     """
     device = utils.get_device(args.device)
     processes = utils.join_processes(device)
-    if utils.restarted() and not args.resume:
+    (restarted,) = processes.any(utils.restarted(), device=device)  # on one machine or another
+    if restarted and not args.resume:
         args.resume = processes.told(processes.first and run_of_launch(Path(args.runs))) or None
     resume = utils.load_checkpoint(args.resume, *kinds) if args.resume else None
     if resume:

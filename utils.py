@@ -1508,10 +1508,34 @@ def join_processes(device: torch.device) -> Processes:
         torch.cuda.set_device(device)
     if not talk.is_initialized():
         try:
-            talk.init_process_group(backend, timeout=PATIENCE)
+            store, rank, count = meeting_place()
+            talk.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the {count} processes could not meet: {first_line(error)}") from None
     return Processes(talk.get_rank(), talk.get_world_size())
+
+
+def meeting_place() -> tuple[torch.distributed.Store, int, int]:
+    """A store in which the processes of this start find each other; -> it, this one's rank, their number.
+
+    The one that torchrun has for them outlives its restarts, with the addresses of the dead in it (PyTorch's
+    issue 135712). So the first process opens one of its own, and says there on which port; one where nobody
+    answers is of an earlier start.
+    """
+    told, rank, count = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    store_at = partial(torch.distributed.TCPStore, os.environ["MASTER_ADDR"], timeout=PATIENCE)
+    if rank == 0:
+        store = store_at(0, is_master=True, wait_for_workers=False)
+        told.set("port", str(store.port))
+        return store, rank, count
+    while True:
+        port = int(told.get("port"))
+        try:
+            socket.create_connection((os.environ["MASTER_ADDR"], port), 3).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return store_at(port), rank, count
 
 
 class LostProcess(UserError):
@@ -1531,7 +1555,7 @@ def launch_name() -> str | None:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started these processes again, after one of them died (--max-restarts)."""
+    """Whether torchrun has started the processes of this machine again, after one died (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
