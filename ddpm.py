@@ -62,8 +62,8 @@ Generators = torch.Generator | Share | Sequence[torch.Generator] | None  # one, 
 def draw(random: Callable[..., Tensor], shape: Sequence[int], x: Tensor, generator: Generators) -> Tensor:
     """`random(shape)`, as of torch.rand, for each of a batch, drawn where the generator lives, moved to x."""
     if isinstance(generator, Share):
-        whole = draw(random, (generator.total, *shape[1:]), x, generator.generator)
-        return whole[generator.images.start : generator.images.stop : generator.images.step]
+        everyones = draw(random, (generator.total, *shape[1:]), x, generator.generator)
+        return everyones[generator.images.start : generator.images.stop : generator.images.step]
     device = x.device if generator is None else generator.device
     return random(shape, generator=generator, device=device).to(x.device)
 
@@ -463,27 +463,27 @@ class Wrapped(torch.nn.Module):
 
 
 class Compiled(Wrapped):
-    """A network compiled by torch.compile, on CUDA as CUDA graphs; itself, with a note, where that fails."""
+    """A network compiled by torch.compile, maybe into CUDA graphs; itself, with a note, where that fails."""
 
-    def __init__(self, net: torch.nn.Module, device: torch.device):
+    def __init__(self, net: torch.nn.Module, graphs: bool):
         super().__init__(net)
-        self.graphs = device.type == "cuda"
-        # in a tuple, or its weights would count twice
-        self.fast = (torch.compile(net, mode="reduce-overhead" if self.graphs else None, dynamic=False),)
+        self.graphs = graphs
+        self.fast = torch.compile(net, mode="reduce-overhead" if graphs else None, dynamic=False)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        if self.fast is None:
+            return self.net(*inputs)
         if self.graphs:
             torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
-        if not self.fast:
-            return self.net(*inputs)
         try:
-            return self.fast[0](*inputs)
+            out = self.fast(*inputs)
         except Exception as error:  # of the compiler and of the tools it calls: there are many
             if utils.out_of_memory(error):
                 raise
             utils.note(f"--compile failed and is left out: {utils.first_line(error)}")
-            self.fast = ()
+            self.fast = None
             return self.net(*inputs)
+        return out.clone() if self.graphs and not torch.is_grad_enabled() else out  # a sampler may keep it
 
 
 def batch_gradient(
@@ -503,20 +503,16 @@ def batch_gradient(
     x_0 (B, C, H, W) and y are this process's share of the batch, taken in `accumulate` parts, one after the
     other. With several processes `model` averages their gradients.
     """
-    mine, before, loss = (
-        processes.share(range(total)),
-        generator.get_state(),
-        torch.zeros((), device=x_0.device),
-    )
-    parts = min(accumulate, len(x_0))
+    mine, before = processes.share(range(total)), generator.get_state()
+    loss, parts = torch.zeros((), device=x_0.device), min(accumulate, len(x_0))
     for k in range(parts):
         images = mine[k::parts]  # their positions in the batch
         weight = len(images) / total * processes.count  # 0 for a process that the last batch has no image for
         generator.set_state(before)  # each part draws for the whole batch
         draws = generator if len(images) == total else Share(generator, images or range(1), total)
         y_k = None if y is None else y[k::parts]
-        last = k + 1 == parts or processes.count == 1
-        with nullcontext() if last else model.no_sync():  # the gradients travel once
+        alone, last = processes.count == 1, k + 1 == parts
+        with nullcontext() if alone or last else model.no_sync():  # the gradients travel once
             # Start: DDPM, Algorithm 1, lines 3 to 5 (line 2: x_0 ~ q(x_0) came from the loader)
             with autocast():
                 loss_k = weight * loss_fn(model, x_0[k::parts], y_k, draws)  # lines 3 and 4, error of line 5
@@ -565,7 +561,9 @@ def train(
         step, loss_sum = resume["step"], resume["loss_sum"]
     if not processes.first:
         torch.manual_seed(seed + step + processes.rank)  # other features are dropped than in the first
-    begun_at, model = step, Compiled(net, device) if compile else net
+    begun_at, model = step, net
+    if compile:  # a graph's gradients are gone at its next call, so --accumulate can't add to them
+        model = Compiled(net, graphs=device.type == "cuda" and accumulate == 1)
     if processes.count > 1:
         model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
@@ -604,10 +602,7 @@ def train(
 
     def asked() -> list[bool]:
         """Whether to stop, and whether it is time to save: all processes must do the same."""
-        if processes.count > 1 and device.type != "cpu" and step % CHECK_EVERY:
-            return [False, False]  # to ask the others, a GPU would have to be waited for
-        late = time.monotonic() - saved_at > SAVE_SECONDS
-        return processes.any(stop.is_set(), late, device=device)
+        return processes.any(stop.is_set(), time.monotonic() - saved_at > SAVE_SECONDS)
 
     bar = tqdm(
         total=epochs * len(loader.images),
@@ -657,7 +652,7 @@ def train(
             bar.set_postfix(loss=f"{loss_sum / per_epoch:.4f}", refresh=False)
             loss_sum = 0.0
             # asked once: the signal may come between two lines
-            (stopping,) = processes.any(stop.is_set(), device=device)
+            stopping, _ = asked()
             if (epoch + 1) % save_every == 0 or epoch + 1 == epochs or stopping:
                 save()
             if stopping and epoch + 1 < epochs:
@@ -695,17 +690,24 @@ def memory_of_training(
 
 
 def what_fits(
-    fixed: int, each: int, room: float, batch_size: int, accumulate: int, processes: Processes
+    fixed: int,
+    each: int,
+    room: float,
+    batch_size: int,
+    accumulate: int,
+    processes: Processes,
+    checkpointing: bool = False,
 ) -> str:
     """What to lower where memory ran out, and how far, of `room` bytes; the work itself gets a fifth."""
     fit = int((0.8 * room - fixed) // each) * processes.count  # images at a time
+    fit = min(fit, math.ceil(batch_size / accumulate) // 2)  # all did not, so the count may be too low
+    keep_less = "" if checkpointing else ", or add --checkpointing"
     told = f"out of memory at --batch-size {batch_size}" + (f" --accumulate {accumulate}" * (accumulate > 1))
     told += f" (an image takes {each / 1e6:.1f} MB, the weights {fixed / 1e6:.0f} MB, of {room / 1e9:.1f} GB)"
     if fit < 1:
-        return f"{told}: not one image fits: lower --image-size or --width, or add --checkpointing"
-    fit = min(fit, math.ceil(batch_size / accumulate / 2))  # it did not, so the count was too low
+        return f"{told}: not one image fits: lower --image-size or --width{keep_less}"
     lower = f"lower --batch-size to {fit * accumulate}"
-    return f"{told}: {lower}, or add --accumulate {math.ceil(batch_size / fit)}, or --checkpointing"
+    return f"{told}: {lower}, or take --accumulate {math.ceil(batch_size / fit)}{keep_less}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1102,7 +1104,7 @@ def quick(
                 module.to(torch.bfloat16)
         net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
     if args.compile:
-        return Compiled(net, device)
+        return Compiled(net, graphs=device.type == "cuda")
     return Captured(net) if device.type == "cuda" else net
 
 
@@ -1240,7 +1242,7 @@ def run_training(
     """
     device = utils.get_device(args.device)
     processes = utils.join_processes(device)
-    (restarted,) = processes.any(utils.restarted(), device=device)  # on one machine or another
+    (restarted,) = processes.any(utils.restarted())  # on one machine or another
     if restarted and not args.resume:
         args.resume = processes.told(processes.first and run_of_launch(Path(args.runs))) or None
     resume = utils.load_checkpoint(args.resume, *kinds) if args.resume else None
@@ -1303,7 +1305,7 @@ def run_training(
         print(f"stopped and saved; go on with\n  {command('--resume', run)}", file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if processes.count > 1 and utils.is_lost(error):
+        if utils.is_lost(error):
             go_on = f"go on with {command('--resume', run)}"
             raise utils.LostProcess(f"another process has ended, and so does this one: {go_on}") from None
         if not utils.out_of_memory(error):
@@ -1312,7 +1314,7 @@ def run_training(
     else:
         failed = False
     if failed:
-        raise UserError(told_of_memory(net, task, args, bf16, device, processes))
+        raise utils.OwnError(told_of_memory(net, task, args, bf16, device, processes))
     if not processes.first:
         return
     last_grid = run / "samples" / f"epoch_{args.epochs:04d}.png"
@@ -1358,14 +1360,16 @@ def told_of_memory(
     device: torch.device,
     processes: Processes,
 ) -> str:
-    """What to say where memory ran out: measured on the CPU with one image."""
+    """What to say where memory ran out: an estimate, made on the CPU with one image and with two."""
     autocast = partial(torch.autocast, "cpu", torch.bfloat16) if bf16 else nullcontext
     x_0, y = utils.to_x_0(task.images[:1]), None if task.y is None else task.y[:1]
     fixed, each = memory_of_training(net.cpu(), task.loss, x_0, y, autocast)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     room = utils.room(device)
-    return what_fits(fixed, each, room, args.batch_size, args.accumulate, processes)
+    if device.type == "cpu":
+        room /= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return what_fits(fixed, each, room, args.batch_size, args.accumulate, processes, args.checkpointing)
 
 
 def command(*flags: object, script: str | None = None) -> str:
@@ -1415,15 +1419,15 @@ def draw_images(
     evaluations = args.sample_steps + (3 * min(3, args.sample_steps) if args.runge_kutta else 0)
     path_of = lambda number: Path(args.out) / f"{number:05d}{suffix}.png"  # noqa: E731
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    film_of = batches[0] if args.animate and processes.first else None
+    film_of = batches[0] if args.animate else None
     if args.out:  # whole batches, whoever draws them: then an image is the same to the last bit
         batches = [b for b in batches if b == film_of or not all(path_of(i).exists() for i in b)]
+    batches = processes.share(processes.told(batches))  # told: others may have written some by now
     shown, frames, info = [], [], PngInfo()
     info.add_text("made_with", made_with)
-    batches = processes.share(batches)
     with tqdm(total=len(batches) * evaluations, desc=f"sampling{suffix}", unit="step") as bar:
         for batch in batches:
-            film = frames if batch == film_of else None
+            film = frames if batch == film_of else None  # a batch of the first process
             eps_theta = watched(denoiser_of(batch), bar, film, math.ceil(evaluations / 60))
             shape = (config["channels"], config["image_size"], config["image_size"])
             x_T, generators = numbered_noise(batch, shape, args.seed)

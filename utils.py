@@ -11,7 +11,6 @@ import json
 import math
 import os
 import pickle
-import queue
 import re
 import signal
 import socket
@@ -19,6 +18,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -699,8 +699,12 @@ def decode(source: Source, size: int, channels: int, workers: int) -> Iterator[t
 def fingerprint(source: Source) -> str:
     """What the pixels are made from: names, sizes and times of the files, arrays, or scenes, hashed."""
     digest = hashlib.sha256(b"1")  # raise this number when read_image or Scene changes what it returns
-    if isinstance(source.images, np.ndarray):
-        digest.update(f"{source.images.shape}".encode() + np.ascontiguousarray(source.images).tobytes())
+    if getattr(source.images, "filename", None):  # a mapped file, which may be huge
+        stat = os.stat(source.images.filename)
+        digest.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}".encode())
+    elif isinstance(source.images, np.ndarray):
+        digest.update(f"{source.images.shape}".encode())
+        digest.update(np.ascontiguousarray(source.images))
     elif isinstance(source.images[0], Scene):
         digest.update(repr((source.images, COLOURS, BACKGROUNDS, SHAPES)).encode())
     else:
@@ -732,6 +736,7 @@ def decoded(
             found = mapped(cache_file, shape)
         except OSError as error:
             note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
+        if found is None:
             images, kept = zip(*chunks(), strict=True)
             found = np.concatenate(images), np.concatenate(kept).astype(np.int64)
     return found
@@ -903,35 +908,11 @@ def room(device: torch.device) -> float:
 
 def ahead(items: Iterator, depth: int = 2) -> Iterator:
     """The same items, made in a thread of their own while the last ones are used, at most `depth` ahead."""
-    waiting, end = queue.Queue(depth), threading.Event()
-
-    def make() -> None:
-        try:
-            for item in items:
-                while not end.is_set():
-                    with suppress(queue.Full):
-                        waiting.put((item, None), timeout=0.1)
-                        break
-                if end.is_set():
-                    return
-            last = StopIteration()
-        except BaseException as error:
-            last = error  # it is raised where the items are used
-        while not end.is_set():
-            with suppress(queue.Full):
-                return waiting.put((None, last), timeout=0.1)
-
-    threading.Thread(target=make, daemon=True).start()
-    try:
-        while True:
-            item, error = waiting.get()
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, items, None) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, items, None))
             yield item
-    finally:
-        end.set()
 
 
 def hold_out(count: int, seed: int, task: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1456,11 +1437,9 @@ class Processes:
             torch.distributed.all_reduce(x)
         return x
 
-    def any(self, *here: bool, device: torch.device | str = "cpu") -> list[bool]:
+    def any(self, *here: bool) -> list[bool]:
         """For each of some questions, whether any process says yes."""
-        if self.count == 1:
-            return list(here)
-        return (self.add(torch.tensor(here, dtype=torch.int32, device=device)) > 0).tolist()
+        return (self.add(torch.tensor(here, dtype=torch.int32)) > 0).tolist()
 
     def wait(self) -> None:
         """Until all are here."""
@@ -1500,16 +1479,20 @@ def join_processes(device: torch.device) -> Processes:
     if count == 1:
         return Processes()
     talk = torch.distributed
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if not talk.is_available() or not getattr(talk, f"is_{backend}_available")():
-        instead = "; --device cpu needs gloo instead" if backend == "nccl" else ""
-        raise UserError(f"this PyTorch has no {backend}, by which processes on {device.type} talk{instead}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    backends = {"cpu": ["gloo"], "cuda": ["nccl", "gloo"]}.get(device.type)  # gloo keeps no GPU waiting
+    if not backends:
+        raise UserError(f"processes on {device.type} can't talk to each other: use one, or --device cpu")
+    for backend in backends:
+        if not talk.is_available() or not getattr(talk, f"is_{backend}_available")():
+            instead = "; --device cpu needs gloo instead" if backend == "nccl" else ""
+            raise UserError(
+                f"this PyTorch has no {backend}, by which processes on {device.type} talk{instead}"
+            )
     if not talk.is_initialized():
         try:
             store, rank, count = meeting_place()
-            talk.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+            by = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # by where a tensor is
+            talk.init_process_group(by, store=store, rank=rank, world_size=count, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the {count} processes could not meet: {first_line(error)}") from None
     return Processes(talk.get_rank(), talk.get_world_size())
@@ -1538,14 +1521,19 @@ def meeting_place() -> tuple[torch.distributed.Store, int, int]:
             return store_at(port), rank, count
 
 
-class LostProcess(UserError):
+class OwnError(UserError):
+    """An error of one process, which the others need not have."""
+
+
+class LostProcess(OwnError):
     """Another process of the run has ended."""
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Whether an error says that another process could not be reached."""
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of ours could not be reached."""
     names = ("gloo", "nccl", "connection closed", "connection reset", "c10d")
-    return torch.distributed.is_available() and any(name in str(error).lower() for name in names)
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together and any(name in str(error).lower() for name in names)
 
 
 def launch_name() -> str | None:
@@ -1579,20 +1567,23 @@ def get_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     kind, _, index = name.partition(":")
-    if kind == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes on a machine each takes a GPU
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if available["cuda"] and here > (1 if index else gpus):
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if kind == "cuda" and available["cuda"] and here > 1:  # of several processes on a machine each has a GPU
+        if index:
+            raise UserError(f"{here} processes can't share {name}: leave the number out, each takes its own")
+        if here > gpus:
             raise UserError(f"{here} processes for {gpus} GPUs: lower --nproc_per_node, or use --device cpu")
-        name, index = (
-            (name, index) if index else (f"cuda:{os.environ['LOCAL_RANK']}", os.environ["LOCAL_RANK"])
-        )
+        index = os.environ["LOCAL_RANK"]
+        name = f"cuda:{index}"
     if kind not in available or (index and not index.isdigit()):
         raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
-    if not available[kind] or (kind == "cuda" and int(index or 0) >= torch.cuda.device_count()):
+    if not available[kind] or (kind == "cuda" and int(index or 0) >= gpus):
         raise UserError(f"device {name!r} is not available on this machine: use --device auto or cpu")
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where there is such a unit
         torch.backends.cudnn.benchmark = True  # all batches but the last of an epoch have one shape
+        if index:
+            torch.cuda.set_device(int(index))  # CUDA graphs are recorded on the current device
     return torch.device(name)
 
 
@@ -1766,7 +1757,7 @@ def merge_config(args: argparse.Namespace, config: dict, free: set[str]) -> argp
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2.
 
-    Of several processes on a machine the first one speaks; the others tell only what they alone know.
+    Of several processes on a machine the first one speaks; the others tell only an OwnError.
     """
     name, silent = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) > 0
     try:
@@ -1779,8 +1770,11 @@ def run_main(main: Callable[[], None]) -> None:
     except LostProcess as error:
         os._exit(fail(f"{name}: error: {error}"))  # at once: to take leave of the others could take for ever
     except UserError as error:
-        sys.exit(2 if silent else fail(f"{name}: error: {error}"))
+        told = not silent or isinstance(error, OwnError)
+        sys.exit(fail(f"{name}: error: {error}") if told else 2)
     except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            os._exit(2 if silent else fail(f"{name}: error: another process has ended, and so does this one"))
         if not out_of_memory(error):
             raise
         sys.exit(fail(f"{name}: error: out of memory: lower --batch-size, --image-size or --width"))

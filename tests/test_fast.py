@@ -16,9 +16,9 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import ddpm
-import ddpm_conditional
+import modules
 import utils
-from modules import EMA, ConditionalUNet, TextUNet, UNet
+from modules import ConditionalUNet, TextUNet, UNet
 from utils import Processes
 
 CPU = torch.device("cpu")
@@ -90,10 +90,22 @@ def test_200_steps_in_bf16_lose_as_much_as_in_fp32(tmp_path):
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
-def test_accumulated_and_checkpointed_runs_are_the_same(cli):
+def counted(monkeypatch, place, name):
+    """The calls of a function, which goes on working."""
+    calls, f = [], getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args, **options: calls.append(1) or f(*args, **options))
+    return calls
+
+
+def test_accumulated_and_checkpointed_runs_are_the_same(cli, monkeypatch):
+    losses = counted(monkeypatch, ddpm.Diffusion, "loss")
+    stages = counted(monkeypatch, modules, "checkpoint")
     cli(*TINY, "--name", "plain")
+    assert len(losses) == 6 and not stages
     cli(*TINY, "--name", "parts", "--accumulate", "3")
+    assert len(losses) == 6 + 3 * 6 and not stages
     cli(*TINY, "--name", "again", "--checkpointing")
+    assert len(losses) == 6 + 3 * 6 + 6 and len(stages) == 6 * 8  # 2 stages down, 2 in the middle, 4 up
     plain, parts, again = (torch.load(f"runs/{name}/ckpt.pt") for name in ("plain", "parts", "again"))
     for key, value in plain["net"].items():
         assert (value - parts["net"][key]).abs().max() < 1e-4 and torch.equal(value, again["net"][key])
@@ -137,11 +149,13 @@ def test_what_fits():
     def told(room, batch=64, parts=1, processes=1):
         return ddpm.what_fits(10**9, 10**8, room, batch, parts, Processes(0, processes))
 
-    assert "lower --batch-size to 30, or add --accumulate 3," in told(5e9)  # 0.8 x 5 GB - 1 GB
-    assert "lower --batch-size to 60, or add --accumulate 4," in told(5e9, 120, 2)
+    assert "lower --batch-size to 30, or take --accumulate 3, or add --checkpointing" in told(5e9)
+    assert "lower --batch-size to 60, or take --accumulate 4," in told(5e9, 120, 2)
     assert "lower --batch-size to 60" in told(5e9, 120, processes=2)
     assert "lower --batch-size to 32" in told(1e12)  # counted to fit, but it did not
-    assert "not one image fits: lower --image-size or --width" in told(1e9)
+    for room, batch, parts in ((1e9, 64, 1), (1e12, 8, 8), (1e12, 1, 1)):
+        assert "not one image fits: lower --image-size or --width, or add --check" in told(room, batch, parts)
+    assert "add --checkpointing" not in ddpm.what_fits(10**9, 10**8, 5e9, 64, 1, Processes(), True)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +175,7 @@ def test_out_of_memory_says_what_would_fit(cli, monkeypatch, error):
     fixed, each = ddpm.memory_of_training(net, diffusion.loss, digits(1), None, nullcontext)
     monkeypatch.setattr(utils, "room", lambda device: (fixed + 5.5 * each) / 0.8)
     line = error_line(cli(*TINY))
-    assert "lower --batch-size to 5, or add --accumulate 4, or --checkpointing" in line
+    assert "lower --batch-size to 5, or take --accumulate 4, or add --checkpointing" in line
     assert Path("runs/ddpm_digits/ckpt.pt").is_file()
 
 
@@ -423,8 +437,17 @@ def test_a_large_set_is_known_by_part_of_it(monkeypatch):
     assert utils.digest(y) != whole and utils.digest(y.as_subclass(Huge)) != part
 
 
-def test_ema_knows_nothing_of_kept_times():
-    net = unet()
-    ema = EMA(net)
-    ema.update(net, 0)
-    assert ema.net.times is None and ddpm_conditional is not None
+def test_a_large_array_is_known_by_its_file(tmp_path, monkeypatch):
+    images = save_array(tmp_path / "a.npy", 9)
+    source = utils.DATASETS["folder"](tmp_path / "a.npy", "train")
+    monkeypatch.setattr(np, "ascontiguousarray", None)  # it is not read
+    before = utils.fingerprint(source)
+    assert utils.fingerprint(utils.DATASETS["folder"](tmp_path / "a.npy", "train")) == before
+    np.save(tmp_path / "a.npy", images[::-1])
+    assert utils.fingerprint(utils.DATASETS["folder"](tmp_path / "a.npy", "train")) != before
+
+
+def test_a_cache_that_cannot_be_mapped_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "mapped", lambda *args: None)
+    data = utils.get_data("digits", image_size=8, limit=5, cache_dir=tmp_path)
+    assert data.images.shape == (5, 1, 8, 8)

@@ -180,6 +180,27 @@ def test_sampling_by_two_processes_gives_the_same_files(two, cli):
         assert (out / name).read_bytes() == Path("one", name).read_bytes()
 
 
+def test_sampling_goes_on_by_two_processes_whoever_comes_late(two, cli, monkeypatch, tmp_path):
+    """What the first process has to draw is told to the others, which may see more files than it did."""
+    told = []
+    monkeypatch.setattr(Processes, "told", lambda self, value: told.append(value) or value)
+    run, how = two / "runs/ddpm_digits", ("--batch-size", 2, "--sample-steps", 2, "--out", "out")
+    cli("--sample", 3, "--checkpoint", run, *how)
+    cli("--sample", 9, "--checkpoint", run, *how, "--animate")
+    assert [list(map(list, batches)) for batches in told] == [
+        [[0, 1], [2]],
+        [[0, 1], [2, 3], [4, 5], [6, 7], [8]],
+    ]
+
+
+@pytest.mark.parametrize("flags", [("--data-root", "/none", "--dataset", "folder"), ("--batch-size", 1)])
+def test_a_mistake_is_one_line_whoever_makes_it(tmp_path, flags):
+    process = torchrun(tmp_path, "ddpm.py", *TINY, *flags)
+    _, err = process.communicate(timeout=90)
+    ours = err[: err.find("torch/distributed/elastic")]
+    assert process.returncode != 0 and ours.count("ddpm.py: error:") == 1 and "Traceback" not in ours
+
+
 # one of them dies
 
 
@@ -227,7 +248,7 @@ def test_torchrun_starts_them_again_from_the_last_checkpoint(tmp_path):
     wait_for(lambda: (now := children(process.pid)) and not set(now) & set(workers), process)
     before = weights(tmp_path / "runs/ddpm_digits")["epoch"]
     wait_for(lambda: len(log.read_text().splitlines()) > before + 3, process)
-    os.killpg(process.pid, signal.SIGINT) if os.getpgid(process.pid) == process.pid else process.terminate()
+    process.terminate()
     process.communicate(timeout=90)
     assert os.listdir(tmp_path / "runs") == ["ddpm_digits"]
     epochs = [int(row["epoch"]) for row in csv.DictReader(open(log))]
@@ -252,6 +273,7 @@ def three(monkeypatch):
     monkeypatch.setattr(utils, "join_processes", lambda device: Processes(0, 3))
     monkeypatch.setattr(Processes, "wait", lambda self: None)
     monkeypatch.setattr(Processes, "told", lambda self, value: value)
+    monkeypatch.setattr(Processes, "add", lambda self, x: x)
 
 
 def test_more_processes_than_images(cli, three):
@@ -266,6 +288,12 @@ def test_more_parts_than_images(cli):
 
 def test_several_processes_sample_into_a_folder(two, cli, three):
     assert "--out" in error_line(cli("--sample", "4", "--checkpoint", two / "runs/ddpm_digits"))
+
+
+def test_processes_that_cannot_talk(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(utils.UserError, match=r"mps can't talk.*--device cpu"):
+        utils.join_processes(torch.device("mps"))
 
 
 @pytest.mark.parametrize("missing", ["is_available", "is_gloo_available"])
@@ -287,11 +315,24 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     with pytest.raises(utils.UserError, match="3 processes for 2 GPUs"):
         utils.get_device("auto")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(utils.UserError, match="2 processes can't share cuda:1"):
+        utils.get_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert utils.get_device("auto") == utils.get_device("cuda") == torch.device("cuda:1")
+    assert current == [1, 1]
+
+
+def test_an_index_makes_that_gpu_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert utils.get_device("cuda:1") == torch.device("cuda:1") and current == [1]
 
 
 def test_processes_that_cannot_meet(cli, monkeypatch):

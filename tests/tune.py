@@ -37,6 +37,9 @@ class Budget(utils.Loader):
     def __len__(self):
         return self.steps
 
+    def size(self, i):
+        return super().size(i % super().__len__())
+
     def epoch(self, epoch, start=0):
         done, whole = 0, super().__len__()
         while done < self.steps:
