@@ -7,6 +7,7 @@ is the clean image.
 
     python ddpm.py                                            train on the embedded digits
     python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
+    torchrun --nproc_per_node=4 ddpm.py ...                   by four processes, each on its GPU
     python ddpm.py --sample 64 --checkpoint runs/ddpm_digits  sample from what was trained
     python ddpm.py --task denoiser --sigma 0.5                a single-step denoiser, for analysis.py denoise
 """
@@ -552,6 +553,7 @@ def train(
     Stopped after a signal (the place is saved).
     """
     device, per_epoch, processes = loader.device, len(loader), loader.processes
+    net.train()
     optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay, fused=device.type != "mps")
     ema = EMA(net, ema_decay)
     generator = torch.Generator(device).manual_seed(seed)
@@ -885,8 +887,8 @@ def unet_defaults(image_size: int, simple: bool = False) -> dict:
         return dict(width=16, blocks=1, batch_size=32, lr=2e-3, **shape)
     if image_size <= 32:  # 4.0 M
         return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
-    if image_size <= 64:  # 22 M
-        return dict(width=64, multipliers=[1, 2, 3, 4], blocks=2, attention=[2, 3], batch_size=64, lr=2e-4)
+    if image_size <= 64:  # 16 M
+        return dict(width=48, multipliers=[1, 2, 4, 6], blocks=1, attention=[2, 3], batch_size=64, lr=5e-4)
     levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels
     multipliers = [1] * (levels - 4) + [2, 2, 3, 4]
     attention = [levels - 2, levels - 1]

@@ -183,19 +183,28 @@ class Encoder(nn.Module):
                 self.skip_channels.append(c)
         self.middle = nn.ModuleList([self.stage(c, c, attention=True), self.stage(c, c, attention=False)])
         self.checkpointing = False  # keep no activations inside stages, and compute them again when needed
-        self.register_buffer("times", None, persistent=False)  # the embedded times, where they are kept
+        self.times: torch.Tensor | None = None  # (T+1, 4 * width) the embedded times, where they are kept
 
     @torch.no_grad()
     def keep_times(self, T: int) -> None:
-        """Embed all times 0..T now, (T+1, 4 * width), rather than anew at every step of sampling.
+        """Embed all times 0..T now, where the network is, rather than anew at every step of sampling.
 
-        They serve until the network is set to train.
+        They serve until the network is set to train, or given other weights.
         """
+        self.times = None
         self.times = self.embed_time(torch.arange(T + 1, device=self.conv_in.weight.device))
+
+    def train(self, mode: bool = True) -> "Encoder":
+        self.times = None if mode else self.times
+        return super().train(mode)
+
+    def load_state_dict(self, *weights, **options):
+        self.times = None
+        return super().load_state_dict(*weights, **options)
 
     def embed_time(self, t: torch.Tensor) -> torch.Tensor:
         """The embedded time (B, 4 * width) of t (B,)."""
-        if self.times is not None and not self.training:
+        if self.times is not None:
             return self.times[t]
         return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype))
 

@@ -226,9 +226,13 @@ def test_times_are_embedded_once_and_say_the_same(make, monkeypatch):
     net.time_mlp.register_forward_hook(lambda *args: calls.append(1))
     assert (net(x, t) - before).abs().max() < 1e-5 and not calls
     assert set(net.state_dict()) == keys
-    net.train()
-    net(x, t)
-    assert calls  # what is trained is not looked up
+    other = {key: value + 0.1 for key, value in net.state_dict().items()}
+    for change in (net.train, partial(net.load_state_dict, other)):  # of other weights they are others
+        net.eval().keep_times(50)
+        change()
+        calls.clear()
+        net(x, t)
+        assert calls
 
 
 def test_half_precision_samples_are_close_and_differ(cli):
