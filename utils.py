@@ -1439,6 +1439,8 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """For each of some questions, whether any process says yes."""
+        if self.count == 1:
+            return list(here)
         return (self.add(torch.tensor(here, dtype=torch.int32)) > 0).tolist()
 
     def wait(self) -> None:
