@@ -809,8 +809,7 @@ def get_data(
     else:
         cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{fingerprint(source)}.npy"
         images, kept = decoded(source, cache_file, size, channels, workers or os.cpu_count() or 1)
-    skipped = sorted(set(range(len(source.images))) - set(kept.tolist()))
-    skipped = [str(source.images[i]) for i in skipped]
+    skipped = [str(source.images[i]) for i in np.setdiff1d(np.arange(len(source.images)), kept)]
     if skipped:
         note(f"{len(skipped)} unreadable images were skipped:\n  " + "\n  ".join(skipped))
     if not len(images):

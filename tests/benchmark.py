@@ -217,9 +217,9 @@ def speed(args: argparse.Namespace, device: torch.device, rates: dict) -> list[d
             batch *= GROWTH
         if not args.no_compile:
             batch = 16 if device.type == "cpu" else 64
-            for precision in PRECISIONS:
-                rows.append(measured(size, batch, precision, True, device, args.seconds, rates))
-                show(rows[-1:], header=False, quiet=args.json)
+            precision = "bf16" if ddpm.use_bf16("auto", device, settings(size)) else "fp32"
+            rows.append(measured(size, batch, precision, True, device, args.seconds, rates))
+            show(rows[-1:], header=False, quiet=args.json)
     return rows
 
 
