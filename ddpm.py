@@ -880,7 +880,7 @@ def unet_defaults(image_size: int, simple: bool = False) -> dict:
     `simple` images, such as digits, need less width at full resolution, where the time goes.
     """
     if image_size <= 16:  # 1.0 M parameters
-        return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=32, lr=2e-3)
+        return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=16, lr=2e-3)
     if image_size <= 32 and simple:  # 2.7 M, or where 8 does not divide the size, 1.3 M
         deep = dict(multipliers=[1, 2, 4, 8], attention=[2, 3])
         shape = dict(multipliers=[1, 2, 6], attention=[2]) if image_size % 8 else deep
