@@ -886,7 +886,7 @@ class Loader:
         They are pinned if they have to travel: a copy from such memory does not keep the CPU waiting.
         """
         generator = seeded_generator(self.seed, epoch)
-        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        order = self.shuffled(generator).to(self.images.device)
         mirrored = torch.rand(len(self.images), generator=generator).to(self.images.device) < 0.5
         pin = not self.resident and self.device.type == "cuda"
         for i in range(start, len(self)):
@@ -895,6 +895,19 @@ class Loader:
             index = share if len(share) else index[:1]  # something to take part with: it will weigh nothing
             batch = (self.images[index], None if self.y is None else self.y[index], mirrored[index])
             yield tuple(part.pin_memory() if pin and part is not None else part for part in batch)
+
+    def shuffled(self, generator: torch.Generator) -> torch.Tensor:
+        """The positions (N,) of the images in a random order.
+
+        A large set is read from its file, which takes long one image here and one there: it is cut into
+        stretches, 256 of which, drawn at random, are shuffled into one another at a time.
+        """
+        if self.images.numel() <= MAPPED:
+            return torch.randperm(len(self.images), generator=generator)
+        stretches = torch.arange(len(self.images)).split(64)
+        drawn = [stretches[i] for i in torch.randperm(len(stretches), generator=generator)]
+        mixed = [torch.cat(drawn[i : i + 256]) for i in range(0, len(drawn), 256)]
+        return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in mixed])
 
 
 def room(device: torch.device) -> float:

@@ -361,6 +361,19 @@ def test_a_set_that_does_not_fit_gives_the_same_batches():
         assert torch.equal(a, b) and torch.equal(y_a, y_b)
 
 
+def test_a_large_set_is_shuffled_by_stretches_of_its_file(monkeypatch):
+    monkeypatch.setattr(utils, "MAPPED", 10**4)
+    loader = utils.Loader(torch.zeros(40_000, 1, 1, 1, dtype=torch.uint8), 64)
+    order = loader.shuffled(torch.Generator().manual_seed(0))
+    assert torch.equal(order.sort().values, torch.arange(40_000))  # each image once
+    assert torch.equal(order, loader.shuffled(torch.Generator().manual_seed(0)))
+    assert not torch.equal(order, loader.shuffled(torch.Generator().manual_seed(1)))
+    begun = order[: 64 * 256] // 64  # the stretches that are open at first: no more than 256,
+    assert len(begun.unique()) == 256 and len(begun[:64].unique()) > 40  # but a batch is of many
+    batches = [y for _, y in utils.Loader(loader.images, 64, y=torch.arange(40_000)).epoch(0)]
+    assert torch.equal(torch.cat(batches).sort().values, torch.arange(40_000))
+
+
 def save_array(path, n, size=8, channels=3):
     images = np.random.default_rng(0).integers(0, 256, (n, size, size, channels), np.uint8)
     np.save(path, images)
