@@ -81,7 +81,7 @@ def test_200_steps_in_bf16_lose_as_much_as_in_fp32(tmp_path):
             seen.append(diffusion.loss(*args))
             return seen[-1]
 
-        loader = utils.Loader(images[:1600], 16)
+        loader = utils.Loader(images[:800], 8)
         (tmp_path / str(bf16)).mkdir()
         ddpm.train(net, loss_fn, loader, tmp_path / str(bf16), epochs=2, lr=1e-3, bf16=bf16)
         losses[bf16] = torch.stack(seen).mean().item()

@@ -193,9 +193,8 @@ def test_sampling_goes_on_by_two_processes_whoever_comes_late(two, cli, monkeypa
     ]
 
 
-@pytest.mark.parametrize("flags", [("--data-root", "/none", "--dataset", "folder"), ("--batch-size", 1)])
-def test_a_mistake_is_one_line_whoever_makes_it(tmp_path, flags):
-    process = torchrun(tmp_path, "ddpm.py", *TINY, *flags)
+def test_a_mistake_is_one_line_though_the_others_wait(tmp_path):
+    process = torchrun(tmp_path, "ddpm.py", *TINY, "--dataset", "folder", "--data-root", "/none")
     _, err = process.communicate(timeout=90)
     ours = err[: err.find("torch/distributed/elastic")]
     assert process.returncode != 0 and ours.count("ddpm.py: error:") == 1 and "Traceback" not in ours
