@@ -180,8 +180,8 @@ def test_sampling_by_two_processes_gives_the_same_files(two, cli):
         assert (out / name).read_bytes() == Path("one", name).read_bytes()
 
 
-def test_sampling_goes_on_by_two_processes_whoever_comes_late(two, cli, monkeypatch, tmp_path):
-    """What the first process has to draw is told to the others, which may see more files than it did."""
+def test_the_first_process_says_what_is_left_to_draw(two, cli, monkeypatch):
+    """The others may come late, and see more files than it did."""
     told = []
     monkeypatch.setattr(Processes, "told", lambda self, value: told.append(value) or value)
     run, how = two / "runs/ddpm_digits", ("--batch-size", 2, "--sample-steps", 2, "--out", "out")
