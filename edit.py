@@ -1,28 +1,29 @@
-"""Editing images with a trained denoiser: the tasks of Berkeley CS180, project 5, on any run or weights.
+"""Edits of images with a trained denoiser: the tasks of Berkeley CS180, project 5, on any run or weights.
 
-    python edit.py sdedit --checkpoint RUN --image sketch.png --labels 3     towards a label, from a drawing
+    python edit.py sdedit --checkpoint RUN --image sketch.png --labels 3
     python edit.py inpaint --checkpoint RUN --image photo.png --box 8,8,16,16
-    python edit.py anagram --checkpoint RUN --labels 6,9 --view rotate180     one picture, read two ways
+    python edit.py anagram --checkpoint RUN --labels 6,9 --view rotate180
     python edit.py hybrid --checkpoint RUN --prompt "a red circle" "a blue star"
     python edit.py interpolate --checkpoint RUN --image a.png b.png
-    python edit.py sds --checkpoint RUN --labels 3                           score distillation
+    python edit.py sds --checkpoint RUN --labels 3
     python edit.py restore --checkpoint RUN --image photo.png --problem super_resolve
 
-Every edit makes or wraps a denoiser eps_theta(x_t, t), or stands before or between two segments of a sampler:
-so each works with every sampler and guidance of the other scripts. Read it with SDEdit (Meng et al. 2022,
-https://arxiv.org/abs/2108.01073), RePaint (Lugmayr et al. 2022, https://arxiv.org/abs/2201.09865), Visual
-Anagrams (Geng et al. 2024, https://arxiv.org/abs/2311.17919), Factorized Diffusion (Geng et al. 2024,
-https://arxiv.org/abs/2404.11615), DreamFusion (Poole et al. 2023, https://arxiv.org/abs/2209.14988) and DDNM
-(Wang et al. 2023, https://arxiv.org/abs/2212.00490).
+An edit makes or wraps a denoiser eps_theta(x_t, t), or acts before or between segments of sampling. So every
+edit works with every sampler and every guidance of the other scripts. Papers, as arxiv.org/abs/NUMBER: SDEdit
+2108.01073, RePaint 2201.09865, Visual Anagrams 2311.17919, Factorized Diffusion 2404.11615, DreamFusion
+2209.14988, DDNM 2212.00490.
+
+`eps_theta`, `eps_1`, `eps_2` are denoisers, `sampler` is one of ddpm.SAMPLERS, `timesteps` a decreasing list
+for it, `x` and `x_0` are images (B, C, H, W), x_0 in [-1, 1], and `generator` is one, or a list of one each.
 """
 
-import argparse
 import re
 import shlex
+from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import make_dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -30,213 +31,115 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur, rotate
 from tqdm import tqdm
 
 import ddpm
 import ddpm_conditional
-import utils
-from ddpm import Denoiser, Diffusion, Generators, clip_x_0, ddim_stride, psnr, randn_like
-from utils import UserError, real, whole
-
-Sampler = Callable[..., Tensor]  # as in ddpm.SAMPLERS
+from ddpm import Diffusion, SamplerSettings, clip_x_0, ddim_stride
+from ddpm_conditional import SAME_DATA, GuidanceSettings, load_classifier
+from support import settings as cli
+from support.errors import UserError, note, run_main
+from support.files import new_path
+from support.generators import randn_like, seeded_generator
+from support.images import open_image, read_images, resized, to_pictures, upright
+from support.machine import MachineSettings, Watched, get_device, progress
+from support.measures import distance, diversity, psnr, saturation
+from support.operators import PROBLEMS, VIEWS, Measurement, View, is_isometry, low_pass, turned
+from support.pictures import make_grid, save_picture
+from support.runs import model_name, prepare_folders, run_folder
+from support.settings import COUNT, POSITIVE, listed, one_of, real, setting, whole
+from support.text import conditions
 
 # ------------------------------------------------------------------------------------------------------------
-# 1. SDEdit: noise an image to some level, and denoise it
+# 1. SDEdit: noise an image to some level, and denoise it from there
 
 
-def sdedit(
-    diffusion: Diffusion,
-    sampler: Sampler,
-    eps_theta: Denoiser,
-    x_0: Tensor,
-    timesteps: Sequence[int],
-    generator: Generators = None,
-) -> Tensor:
-    """x_0 (B, C, H, W) noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
+def sdedit(diffusion: Diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Tensor:
+    """x_0 noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
     # Start: SDEdit
     t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
-    x_t, _ = diffusion.noise_images(x_0, t, generator)  # the later the start, the more of the image is kept
+    x_t, _ = diffusion.noise_images(x_0, t, generator)  # the lower t, the more of the image is kept
     return sampler(diffusion, eps_theta, x_t, timesteps, generator)
     # End
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 2. Inpainting: what is known of an image takes the place of what the model makes there
+# 2. Inpainting: known pixels replace what the model makes of them
 
 
-def replacement(
-    diffusion: Diffusion, eps_theta: Denoiser, x_0: Tensor, hole: Tensor, generator: Generators = None
-) -> Denoiser:
-    """The denoiser, shown the known pixels of x_0, as noisy as x_t, outside the hole (B or 1, 1, H, W).
+def replacement(diffusion: Diffusion, eps_theta, x_0, hole: Tensor, generator=None):
+    """The denoiser of x_t with the pixels of x_0, noised to t, outside the hole, bool (1, 1, H, W).
 
-    Song et al. 2021 (https://arxiv.org/abs/2011.13456), appendix I.2; RePaint, eq. 8. What it says there has
-    no effect: the pixels are replaced before it is asked again, and at the end.
+    Song et al. 2021 (arxiv.org/abs/2011.13456), appendix I.2; RePaint, eq. 8.
     """
 
     def eps_theta_inpainting(x_t: Tensor, t: Tensor) -> Tensor:
-        known, _ = diffusion.noise_images(x_0, t, generator)  # eq. 8a: q(x_t | x_0), drawn anew at each t
+        known, _ = diffusion.noise_images(x_0, t, generator)  # eq. 8a: q(x_t | x_0), new noise at each t
         return eps_theta(torch.where(hole, x_t, known), t)  # eq. 8c
 
     return eps_theta_inpainting
 
 
-def inpaint(
-    diffusion: Diffusion,
-    sampler: Sampler,
-    eps_theta: Denoiser,
-    x: Tensor,
-    timesteps: Sequence[int],
-    x_0: Tensor,
-    hole: Tensor,
-    generator: Generators = None,
-    resample: int = 1,
-    jump: int = 1,
-) -> Tensor:
-    """x at timesteps[0] -> x_0 with its hole filled, all (B, C, H, W), hole bool (RePaint, Algorithm 1).
+def inpaint(diffusion: Diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generator=None) -> Tensor:
+    """x at the first timestep -> x_0 with its hole filled (RePaint, Algorithm 1).
 
-    Plain replacement for resample = 1. Else each `jump` strides are taken `resample` times, x being noised
-    again in between, so that what is in the hole and what is around it come to agree.
+    `parts` come from `segments`. A part that is sampled several times, and noised again in between, makes the
+    hole agree with its surroundings; one part that is sampled once is plain replacement.
     """
     eps_theta = replacement(diffusion, eps_theta, x_0, hole, generator)
     # Start: RePaint
-    for segment, times in segments(timesteps, resample, jump):
+    for timesteps, times in parts:
         for u in range(times):  # line 3
-            x = sampler(diffusion, eps_theta, x, segment, generator)  # lines 4 to 8
+            x = sampler(diffusion, eps_theta, x, timesteps, generator)  # lines 4 to 8
             if u < times - 1:  # line 9
-                x = noised_on(diffusion, x, segment[-1], segment[0], generator)  # line 10
+                x = renoise(diffusion, x, timesteps[-1], timesteps[0], generator)  # line 10
     return torch.where(hole, x, x_0)
     # End
 
 
 def segments(timesteps: Sequence[int], resample: int, jump: int) -> list[tuple[Sequence[int], int]]:
-    """The parts of a sampler's way, and how often each is taken: the last stride, to t = 0, only once."""
+    """Parts of `jump` strides, each with the number of times to sample it; the last stride, to 0, once."""
     if resample == 1:
-        return [(timesteps, 1)]
+        return [(timesteps, 1)]  # in one piece, so that a multistep sampler keeps its history
     down = timesteps[:-1]
     parts = [(down[i : i + jump + 1], resample) for i in range(0, len(down) - 1, jump)]
     return [*parts, (timesteps[-2:], 1)]
 
 
-def noised_on(diffusion: Diffusion, x: Tensor, s: int, t: int, generator: Generators = None) -> Tensor:
-    """x_t ~ q(x_t | x_s) from x_s, for s < t; (B, C, H, W) (DDPM, eq. 2, over several steps)."""
+def renoise(diffusion: Diffusion, x: Tensor, s: int, t: int, generator=None) -> Tensor:
+    """x_t ~ q(x_t | x_s) from x = x_s, for s < t (DDPM, eq. 2, over several steps)."""
     alpha = (diffusion.alpha_bar[t] / diffusion.alpha_bar[s]).item()
     return alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x, generator)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 3. Visual anagrams: one picture, read two ways
+# 3. Two conditions in one picture: visual anagrams and hybrid images
 
 
-@dataclass
-class View:
-    """Another way to look at images (B, C, H, W), and the way back."""
-
-    see: Callable[[Tensor], Tensor]
-    undo: Callable[[Tensor], Tensor]
+def anagram(eps_1, eps_2, view: View):
+    """The mean of one denoiser's eps and of another's in a view of x_t (Geng et al. 2024, section 3)."""
+    return lambda x_t, t: (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
 
 
-def anagram(eps_1: Denoiser, eps_2: Denoiser, view: View) -> Denoiser:
-    """The mean of what one denoiser says of x_t and another of its view (Geng et al. 2024, section 3)."""
+def hybrid(eps_1, eps_2, sigma: float | None = None):
+    """`G eps_1 + eps_2 - G eps_2`: low frequencies of one denoiser, high ones of another.
 
-    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-        return (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
-
-    return eps_theta
-
-
-def turned(degrees: int) -> View:
-    """Turned counter-clockwise; only quarter turns take pixels to pixels."""
-    if degrees % 90 == 0:
-        return View(
-            partial(torch.rot90, k=degrees // 90, dims=(2, 3)),
-            partial(torch.rot90, k=-degrees // 90, dims=(2, 3)),
-        )
-    return View(partial(rotate, angle=degrees), partial(rotate, angle=-degrees))
-
-
-def jigsaw(pieces: int, size: int, seed: int) -> View:
-    """pieces x pieces square parts of the picture, in another order; UserError if they don't divide it."""
-    if size % pieces:
-        near = [n for n in range(2, size) if size % n == 0]
-        raise UserError(
-            f"--pieces {pieces} does not divide {size} pixels: choose of {', '.join(map(str, near))}"
-        )
-    order = torch.randperm(pieces**2, generator=utils.seeded_generator(seed))
-
-    def rearranged(x: Tensor, order: Tensor) -> Tensor:
-        parts = F.unfold(x, size // pieces, stride=size // pieces)  # (B, C h w, pieces^2)
-        return F.fold(parts[:, :, order.to(x.device)], size, size // pieces, stride=size // pieces)
-
-    return View(partial(rearranged, order=order), partial(rearranged, order=order.argsort()))
-
-
-def negated(x: Tensor) -> Tensor:
-    return -x
-
-
-VIEWS: dict[str, Callable[[argparse.Namespace, int], View]] = {  # view(args, size of the image)
-    "flip": lambda args, size: View(partial(torch.flip, dims=(2,)), partial(torch.flip, dims=(2,))),
-    "mirror": lambda args, size: View(partial(torch.flip, dims=(3,)), partial(torch.flip, dims=(3,))),
-    "rotate90": lambda args, size: turned(90),
-    "rotate180": lambda args, size: turned(180),
-    "negative": lambda args, size: View(negated, negated),
-    "jigsaw": lambda args, size: jigsaw(args.pieces, size, args.seed),
-}
-
-
-def check_isometry(view: View, name: str, shape: Sequence[int]) -> None:
-    """UserError unless a view keeps inner products, so that white noise stays white, and can be undone."""
-    x = torch.randn(4, *shape, generator=utils.seeded_generator(0), dtype=torch.float64)
-    y = view.see(x)
-    same = y.shape == x.shape and torch.allclose(y.flatten(1) @ y.flatten(1).T, x.flatten(1) @ x.flatten(1).T)
-    if not same or not torch.allclose(view.undo(y), x):
-        raise UserError(
-            f"--view {name} is no isometry: white noise seen that way would not be white, and the model "
-            f"knows no other; choose of {', '.join(VIEWS)}"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# 4. Hybrid images: one thing from afar, another from near
-
-
-def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
-    """G x: blurred by a Gaussian whose sigma, in pixels, is by default 2 at 64x64, scaled with the size.
-
-    Its kernel is 33 pixels wide for sigma 2, scaled with sigma, but never wider than mirroring allows.
+    G is a Gaussian blur of `sigma` pixels (Factorized Diffusion, Geng et al. 2024, section 3).
     """
-    size = x.shape[-1]
-    sigma = sigma or 2 * size / 64
-    reach = min(max(1, round(8 * sigma)), size - 1)  # as far as the image can be mirrored at its edges
-    return gaussian_blur(x, 2 * reach + 1, sigma)
-
-
-def hybrid(eps_1: Denoiser, eps_2: Denoiser, sigma: float | None = None) -> Denoiser:
-    """`G eps_1 + eps_2 - G eps_2`: coarse things from one denoiser, fine ones from another (Factorized
-    Diffusion, Geng et al. 2024, section 3)."""
-
-    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-        coarse, fine = eps_1(x_t, t), eps_2(x_t, t)
-        return low_pass(coarse, sigma) + fine - low_pass(fine, sigma)
-
-    return eps_theta
+    return lambda x_t, t: low_pass(eps_1(x_t, t), sigma) + (fine := eps_2(x_t, t)) - low_pass(fine, sigma)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Interpolation through DDIM inversion
+# 4. Interpolation through DDIM inversion
 
 
 @torch.no_grad()
-def ddim_inversion(
-    diffusion: Diffusion, eps_theta: Denoiser, x: Tensor, timesteps: Sequence[int], iterations: int = 5
-) -> Tensor:
-    """The noise x_T that DDIM takes to x, (B, C, H, W) both, by the same falling timesteps.
+def ddim_inversion(diffusion: Diffusion, eps_theta, x, timesteps, iterations: int = 5) -> Tensor:
+    """The noise x_T from which DDIM makes the images x, by the same decreasing timesteps.
 
-    A stride of DDIM from t to s is x_s = stride(x_t, eps_theta(x_t, t)): its inverse is the fixed point of
-    x_t = stride(x_s, eps_theta(x_t, t)), the stride now going up. A few iterations find it, from where the
-    eps of the stride below leads (Song et al. 2021, section 4.3, stop there; at s = 0, where no network was
-    trained, there is none).
+    A stride of DDIM from t to s is x_s = stride(x_t, eps_theta(x_t, t)). Its inverse is the fixed point of
+    x_t = stride(x_s, eps_theta(x_t, t)), a stride from s to t, which a few iterations find. They start from
+    the eps of the stride below, where Song et al. 2021, section 4.3, stop, and at s = 0 from eps = 0.
     """
     eps = torch.zeros_like(x)
     # Start: DDIM inversion
@@ -246,13 +149,13 @@ def ddim_inversion(
         x = ddim_stride(x_s, eps, ab_s, ab_t)  # eq. 12 with s and t exchanged
         for _ in range(iterations):
             eps = eps_theta(x, at_t)
-            x = ddim_stride(x_s, eps, ab_s, ab_t)  # the same with eps at t, as sampling will take it
+            x = ddim_stride(x_s, eps, ab_s, ab_t)  # the same with the eps at t, which sampling will use
     return x
     # End
 
 
 def slerp(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """From a to b (B, C, H, W) along the sphere, u (B,) in [0, 1]: noise stays as large as noise is.
+    """From a to b (B, C, H, W) along the sphere, u (B,) in [0, 1], so that noise keeps its norm.
 
     sin((1 - u) phi) / sin(phi) a + sin(u phi) / sin(phi) b, phi the angle between them (DDIM, appendix D.5).
     """
@@ -262,81 +165,63 @@ def slerp(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
     return ((1 - u) * phi).sin() / phi.sin() * a + (u * phi).sin() / phi.sin() * b
 
 
-def mixture(eps_1: Denoiser, eps_2: Denoiser, u: Tensor) -> Denoiser:
+def mixture(eps_1, eps_2, u: Tensor):
     """From one denoiser to another: (1 - u) eps_1 + u eps_2, u (B,)."""
-
-    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-        return torch.lerp(eps_1(x_t, t), eps_2(x_t, t), u.view(-1, 1, 1, 1))
-
-    return eps_theta
+    return lambda x_t, t: torch.lerp(eps_1(x_t, t), eps_2(x_t, t), u.view(-1, 1, 1, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 6. Score distillation: an image that looks well to the denoiser at every noise level
+# 5. Score distillation: optimise an image x = g(theta) until the denoiser is right about it at every noise
+# level. A parameterisation makes the tensors theta and the function g() -> x from noise (B, C, H, W).
 
 
-@dataclass
-class Parameters:
-    """Images (B, C, H, W) as functions of numbers that are optimised."""
-
-    numbers: list[Tensor]
-    image: Callable[[], Tensor]
-
-
-def pixels(noise: Tensor) -> Parameters:
-    """The pixels themselves, at first faint noise; `noise` (B, C, H, W)."""
+def pixels(noise: Tensor):
+    """The pixels themselves, starting from faint noise."""
     x = (0.1 * noise).requires_grad_()
-    return Parameters([x], lambda: x)
+    return [x], lambda: x
 
 
-def fourier(noise: Tensor) -> Parameters:
+def fourier(noise: Tensor):
     """The lowest quarter of the frequencies in each direction: no details at all."""
     size = noise.shape[-1]
-    keep = max(1, size // 8)  # cycles an image, of size / 2
+    keep = max(1, size // 8)  # cycles per image, of size / 2
     rows = [*range(keep + 1), *range(size - keep, size)]
-    share = len(rows) * (2 * keep + 1) / size**2  # of all frequencies: steps are as large in pixels as theirs
-    at_first = torch.fft.rfft2(0.1 * noise, norm="ortho")[..., rows, : keep + 1] * share**0.5
-    c = torch.view_as_real(at_first).contiguous().requires_grad_()  # (B, C, R, keep + 1, 2)
+    share = len(rows) * (2 * keep + 1) / size**2  # of all frequencies; scales steps to those of pixels
+    start = torch.fft.rfft2(0.1 * noise, norm="ortho")[..., rows, : keep + 1] * share**0.5
+    c = torch.view_as_real(start).contiguous().requires_grad_()  # (B, C, rows, keep + 1, 2)
 
     def image() -> Tensor:
         spectrum = c.new_zeros(*noise.shape[:3], size // 2 + 1, 2)
         spectrum[..., rows, : keep + 1, :] = c / share**0.5
         return torch.fft.irfft2(torch.view_as_complex(spectrum), s=(size, size), norm="ortho")
 
-    return Parameters([c], image)
+    return [c], image
 
 
-def low_rank(noise: Tensor) -> Parameters:
-    """Each channel a product U V of rank size / 8: a sum of so many columns times rows."""
+def low_rank(noise: Tensor):
+    """Each channel a product U V of rank size / 8."""
     rank = max(1, noise.shape[-1] // 8)
     U = (0.3 * noise[..., :rank]).requires_grad_()  # (B, C, H, rank)
     V = (0.3 * noise[..., rank : 2 * rank, :]).requires_grad_()  # (B, C, rank, W)
-    return Parameters([U, V], lambda: U @ V)
+    return [U, V], lambda: U @ V
 
 
 PARAMETERISATIONS = {"pixels": pixels, "fourier": fourier, "low_rank": low_rank}
 
 
-def score_distillation(
-    diffusion: Diffusion,
-    eps_theta: Denoiser,
-    parameters: Parameters,
-    steps: int,
-    lr: float,
-    generators: Sequence[torch.Generator],
-    looks: Sequence[int] = (),
-) -> Tensor:
-    """Images (B, C, H, W) under which the denoiser's guess of the noise is right, on average over t.
+def score_distillation(diffusion: Diffusion, eps_theta, parameters, steps, lr, generators, snapshot_steps=()):
+    """Images in whose noised versions the denoiser recognises the noise, on average over t.
 
-    Follows w(t) (eps_theta(x_t, t) - eps) dx/dtheta, w = 1 - alpha_bar (DreamFusion, Poole et al. 2023,
-    eq. 3), by Adam. -> (L, B, C, H, W), the images after so many steps as `looks` lists, and after the last.
+    Adam along w(t) (eps_theta(x_t, t) - eps) dx/dtheta, w = 1 - alpha_bar (DreamFusion, Poole et al. 2023,
+    eq. 3). -> (S, B, C, H, W), the images after each of `snapshot_steps` and after the last of the steps.
     """
-    optimizer, seen = torch.optim.Adam(parameters.numbers, lr), []
+    (theta, g), snapshots = parameters, []
+    optimizer = torch.optim.Adam(theta, lr)
     low, high = max(1, round(0.02 * diffusion.T)), round(0.98 * diffusion.T)
     for step in range(1, steps + 1):
         # Start: score distillation
-        x = parameters.image()  # x = g(theta)
-        t = torch.cat([torch.randint(low, high + 1, (1,), generator=g) for g in generators]).to(x.device)
+        x = g()  # x = g(theta)
+        t = torch.cat([torch.randint(low, high + 1, (1,), generator=one) for one in generators]).to(x.device)
         with torch.no_grad():
             x_t, eps = diffusion.noise_images(x, t, generators)
             weight = diffusion.scales(t, x)[1] ** 2  # w(t) = 1 - alpha_bar
@@ -345,719 +230,465 @@ def score_distillation(
         x.backward(gradient)  # times dx/dtheta
         optimizer.step()
         # End
-        if step in looks or step == steps:
-            seen.append(parameters.image().detach().clone())  # pixels go on changing in place
-    return torch.stack(seen)
+        if step in snapshot_steps or step == steps:
+            snapshots.append(g().detach().clone())  # the optimizer changes pixels in place
+    return torch.stack(snapshots)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 7. Linear restoration: what a measurement y = A x leaves open is left to the model
+# 6. Linear restoration: the model fills in what a measurement y = A x leaves open
 
 
-@dataclass
-class Measurement:
-    """A linear map A of images (B, C, H, W) and its pseudo-inverse A+: A A+ A = A."""
-
-    A: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
-
-    def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """A+ y + (I - A+ A) x: the image nearest to x with A x = y (DDNM, section 3)."""
-        return x + self.inverse(y - self.A(x))
-
-
-def ddnm(diffusion: Diffusion, eps_theta: Denoiser, measurement: Measurement, y: Tensor) -> Denoiser:
-    """The denoiser with x_0 made to agree with the measurement y, eps derived anew (DDNM, Algorithm 1)."""
+def ddnm(diffusion: Diffusion, eps_theta, measurement: Measurement, y: Tensor):
+    """The denoiser whose x_0 agrees with the measurement y, eps derived again (DDNM, Algorithm 1)."""
 
     def eps_theta_restoring(x_t: Tensor, t: Tensor) -> Tensor:
-        x_0, _ = diffusion.split(eps_theta(x_t, t), x_t, t, "eps")  # line 3
-        return diffusion.split(measurement.project(x_0, y), x_t, t, "x_0")[1]  # line 4
+        x_0 = diffusion.x_0_from_eps(x_t, eps_theta(x_t, t), t)  # line 3
+        x_0 = measurement.project(x_0, y)  # line 4: A+ y + (I - A+ A) x_0, section 3
+        return diffusion.eps_from_x_0(x_t, x_0, t)
 
     return eps_theta_restoring
 
 
-def colourise(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
-    """A: the mean of the channels."""
-    if shape[0] == 1:
-        raise UserError("--problem colourise: the model draws gray images; choose one of colour images")
-    return Measurement(lambda x: x.mean(1, keepdim=True), lambda y: y.repeat(1, shape[0], 1, 1))
-
-
-def super_resolve(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
-    """A: the mean of each factor x factor pixels."""
-    near = [n for n in range(2, shape[-1]) if shape[-1] % n == 0]
-    if args.factor not in near:
-        possible = ", ".join(map(str, near))
-        raise UserError(f"--factor {args.factor}: for {shape[-1]} pixels it is one of {possible or 'none'}")
-    enlarge = partial(F.interpolate, scale_factor=args.factor, mode="nearest")
-    return Measurement(partial(F.avg_pool2d, kernel_size=args.factor), enlarge)
-
-
-SMALLEST = 0.1  # singular values of a blur, of at most about 1, below which what was lost counts as lost
-
-
-def deblur(args: argparse.Namespace, shape: Sequence[int]) -> Measurement:
-    """A: a Gaussian blur along rows and columns, each a matrix, without its smallest singular values."""
-    size = shape[-1]
-    sigma = args.blur_sigma or max(1.5, size / 32)
-    at = torch.arange(size, dtype=torch.float64)
-    B = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
-    U, S, V = torch.linalg.svd(B / B.sum(1, keepdim=True))  # rows sum to 1 at the edges too
-    kept = S > SMALLEST
-    B = ((U[:, kept] * S[kept]) @ V[kept]).float()
-    B_inverse = ((V[kept].T / S[kept]) @ U[:, kept].T).float()
-
-    def along_both(x: Tensor, matrix: Tensor) -> Tensor:
-        matrix = matrix.to(x.device)
-        return matrix @ x @ matrix.T
-
-    return Measurement(partial(along_both, matrix=B), partial(along_both, matrix=B_inverse))
-
-
-PROBLEMS = {"colourise": colourise, "deblur": deblur, "super_resolve": super_resolve}
-
-
 # ------------------------------------------------------------------------------------------------------------
-# What every task is given, and what it gives
+# What every task is given
+START = "strides to start at, of 990, 960, ..., 0 or --sample-steps, from 0 on (default: 1,3,5,7,10,20)"
+I_STARTS = [1, 3, 5, 7, 10, 20]
+BLUR = "sigma of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
+KINDS = f"parameterisations of the images, with commas: {', '.join(PARAMETERISATIONS)}"
 
 
-@dataclass
-class Item:
-    """A picture to be made: of which image, towards which condition, and which of several draws."""
+@cli.settings()
+class EditSettings:  # of all tasks; EDITS below lists those of each
+    checkpoint: str = setting(None, "directory of the run, or of published weights", "RUN", required=True)
+    image: list = setting(None, "images to edit: photographs, drawings", "FILE", nargs="+", required=True)
+    i_start: list | None = setting(None, START, "LIST", listed(whole(0)))
+    strength: list | None = setting(None, "instead: shares of T", "LIST", listed(real(0, 1, above=True)))
+    mask: str | None = setting(None, "image that is white where the hole is", "FILE")
+    box: list | None = setting(None, "instead: a box in the model's pixels", "X,Y,W,H", listed(whole(0)))
+    resample: int = setting(1, "RePaint: number of times that each part is sampled", "R", COUNT)
+    jump: int = setting(1, "RePaint: number of strides of a part", "J", COUNT)
+    view: str = setting("rotate180", f"second reading: {', '.join(VIEWS)}", "NAME")
+    pieces: int = setting(4, "N x N pieces", "N", whole(2), of="view=jigsaw")
+    sigma: float | None = setting(None, "blur, in pixels (default: 2 at 64x64, scaled)", "S", real(0.1))
+    frames: int = setting(7, "images from the first to the second, both included", "N", whole(2))
+    iterations: int = setting(5, "iterations of the fixed point in each stride", "N", COUNT)
+    parameterisations: list = setting(["pixels", "fourier"], KINDS, "LIST", listed(one_of(PARAMETERISATIONS)))
+    steps: int = setting(500, "steps of Adam", "N", COUNT)
+    lr: float = setting(0.03, "learning rate of Adam", "RATE", POSITIVE)
+    problem: str = setting("super_resolve", "problem: %(choices)s", "NAME", choices=PROBLEMS)
+    factor: int = setting(4, "images become N times larger", "N", whole(2), of="problem=super_resolve")
+    blur_sigma: float | None = setting(None, BLUR, "S", real(0.1), of="problem=deblur")
+    degraded: bool = setting(False, "the images are gray, blurred or small already (default: made so first)")
+    draws: int = setting(1, "number of results (for each image and condition)", "N", COUNT)
+    classifier: str | None = setting(None, "run of a classifier of the same data, to name results", "RUN")
+    labels: list | None = setting(None, "class numbers or names, with commas: 0,3,7", "LIST", listed(str))
+    prompt: list | None = setting(None, "captions, each in quotes", "CAPTION", nargs="+", action="extend")
+    batch_size: int = setting(64, "images per evaluation of the network", "N", COUNT)
+    out: str | None = setting(None, "directory for one PNG per result, beside the figure", "DIR")
 
-    image: int = 0
-    asked: int = 0
-    draw: int = 0
+
+# A result to be made: the numbers of its image, its condition and its draw, and the label of its row.
+Item = namedtuple("Item", "image condition draw label", defaults=(0, 0, 0, ""))
 
 
-@dataclass
-class Figure:
-    """Pictures {head of a column: (N, C, H, W)} with a label for each of N rows, and what was made."""
+class Model:
+    """The network of --checkpoint with its conditions, and the settings of the command line, all settled."""
 
-    pictures: dict[str, Tensor]
-    labels: Sequence[str]
-    results: Tensor  # (M, C, H, W)
-    notes: Sequence[str] = ()  # what was measured, to be printed
-    caption: Sequence[str] | None = None  # what of it is written above the pictures, if not all
+    def __init__(self, command: cli.Command, defaults: dict):
+        self.settings, self.guidance, self.sampling, self.machine = command.groups
+        typed = [cli.flag(name) for name in ("labels", "prompt") if command[name]]
+        command.check()
+        ddpm_conditional.check_guidance(self.guidance)
+        for name in sorted(command.typed & vars(self.guidance).keys()) if not typed else ():
+            raise UserError(f"{cli.flag(name)} goes with --labels or --prompt: it guides towards a condition")
+        self.device = get_device(self.machine.device)
+        self.net, self.diffusion, self.config = ddpm.load_network(path := command["checkpoint"], self.device)
+        ddpm.settle_sampler(command, self.config, self.diffusion.T)
+        command.settle(defaults)
+        ddpm_conditional.check_guidance(self.guidance, self.diffusion.T)
 
+        self.names, self.y = [""], None  # the conditions (R, ...), if any
+        conditional = self.config["kind"] == "ddpm_conditional"
+        if typed and not conditional:
+            raise UserError(f"{path} is an unconditional model: leave out {typed[0]}, or name another run")
+        if typed:
+            self.names, self.y = conditions(path, self.config, self.settings)
+            ddpm_conditional.settle_scale(self.config.get("p_uncond", 0.1), command)
+        elif conditional:
+            note(f"{path} is conditional: without --labels or --prompt it gets the null condition")
+        path = self.settings.classifier
+        self.classifier = path and load_classifier(path, self.config, self.device, SAME_DATA)
+        self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
+        T, steps = self.diffusion.T, self.sampling.sample_steps
+        self.timesteps = self.diffusion.timesteps(steps) if steps else ddpm.strided_timesteps(T)
+        self.sampling.sample_steps = steps = len(self.timesteps) - 1
+        self.shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
 
-@dataclass
-class Job:
-    """A model, what it is asked for, the user's images, and the progress of its work."""
+    def read_images(self, size: int | None = None) -> tuple[Tensor, list[Item]]:
+        """The user's images (N, C, H, W), of the model's size or another, and the items to make of them."""
+        images = read_images(self.settings.image, size or self.shape[-1], self.shape[0])
+        return images.to(self.device), self.items(len(images))
 
-    args: argparse.Namespace
-    net: torch.nn.Module
-    diffusion: Diffusion
-    config: dict
-    device: torch.device
-    names: list[str]  # of the conditions
-    y: Tensor | None  # (R, ...), None where the model is told nothing
-    images: Tensor | None = None  # (N, C, H, W) in [-1, 1]
-    judge: torch.nn.Module | None = None
-    measurement: Measurement | None = None
-    bar: tqdm | None = None
-    seen: dict[int, Tensor] = field(default_factory=dict)  # x_t (B, C, H, W) at those t that are shown
-    shown: Sequence[int] = ()
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.config["channels"], self.config["image_size"], self.config["image_size"]
-
-    def items(self) -> list[Item]:
-        """One for each of --draws of each image and each condition."""
-        images = range(1 if self.images is None else len(self.images))
-        return [Item(i, k, d) for i in images for k in range(len(self.names)) for d in range(self.args.draws)]
-
-    def label(self, item: Item) -> str:
-        """What a row shows."""
-        parts = [f"image {item.image + 1}" if self.images is not None and len(self.images) > 1 else ""]
-        parts += [self.names[item.asked], f"draw {item.draw + 1}" if self.args.draws > 1 else ""]
-        return ", ".join(part for part in parts if part)
-
-    def of(self, items: Sequence[Item]) -> Tensor:
-        """Their images (B, C, H, W)."""
-        return self.images[[item.image for item in items]].to(self.device)
+    def items(self, images: int = 1) -> list[Item]:
+        """One for each draw of each condition of each image."""
+        made, draws = [], self.settings.draws
+        for i, k, d in product(range(images), range(len(self.names)), range(draws)):
+            label = [f"image {i + 1}"] * (images > 1) + [self.names[k]] + [f"draw {d + 1}"] * (draws > 1)
+            made.append(Item(i, k, d, ", ".join(filter(None, label))))
+        return made
 
     def generators(self, items: Sequence[Item]) -> list[torch.Generator]:
-        """One for each: the same for every condition, so that these can be compared."""
-        return [utils.seeded_generator(self.args.seed, item.draw, item.image) for item in items]
+        """One for each item: the same for all conditions, to compare them."""
+        return [seeded_generator(self.machine.seed, item.draw, item.image) for item in items]
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         """x_T (B, C, H, W)."""
         return randn_like(torch.empty(len(generators), *self.shape, device=self.device), generators)
 
-    def denoiser(self, asked: Sequence[int], scale: float | None = None) -> Denoiser:
-        """The model's eps_theta for a batch, each told the condition of that number, under guidance."""
+    def denoiser(self, items: Sequence[Item], scale: float | None = None):
+        """eps_theta for a batch, each item with its condition, guided at `scale` or at --guidance-scale."""
         if self.y is None:
-            eps_theta = self.diffusion.denoiser(self.net)
-        else:
-            scale = self.args.guidance_scale[0] if scale is None else scale
-            y = self.y[list(asked)].to(self.device)
-            eps_theta = ddpm_conditional.guided(self.args, self.diffusion, self.net, y, scale)
+            return self.diffusion.denoiser(self.net)
+        if scale is None and len(self.guidance.guidance_scale) > 1:
+            raise UserError("--guidance-scale: one scale, please; only sds compares several")
+        y = self.y[[item.condition for item in items]].to(self.device)
+        scale = self.guidance.guidance_scale[0] if scale is None else scale
+        return ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scale, self.guidance)
 
-        def watched(x_t: Tensor, t: Tensor) -> Tensor:
-            self.bar.update(len(x_t))
-            if (time := int(t[0])) in self.shown:
-                self.seen.setdefault(time, x_t.cpu())
-            return eps_theta(x_t, t)
+    def watched(self, eps_theta, bar: tqdm) -> Watched:
+        return Watched(eps_theta, self.diffusion.T, bar, self.shown)
 
-        return watched
+    def clipped(self, eps_theta):
+        return eps_theta if self.sampling.no_clip else clip_x_0(self.diffusion, eps_theta)
 
-    def sampler(self, diffusion: Diffusion, eps_theta: Denoiser, *more) -> Tensor:
-        """The sampler of the command line, which clips x_0 unless told not to."""
-        eps_theta = eps_theta if self.args.no_clip else clip_x_0(diffusion, eps_theta)
-        return ddpm.chosen_sampler(self.args)(diffusion, eps_theta, *more)
+    def sampler(self, diffusion: Diffusion, eps_theta, x, timesteps, generator=None) -> Tensor:
+        """The sampler of the command line; it clips x_0 unless --no-clip."""
+        return ddpm.make_sampler(self.sampling)(diffusion, self.clipped(eps_theta), x, timesteps, generator)
 
-    def evaluations(self, timesteps: Sequence[int]) -> int:
-        """Calls of the denoiser by the sampler along them."""
-        strides = len(timesteps) - 1
-        return strides + (3 * min(3, strides) if self.args.runge_kutta else 0)
-
-    def show(self, timesteps: Sequence[int], count: int = 3) -> None:
-        """Keep x_t at `count` of these times, evenly spaced, for the figure."""
-        self.shown = [timesteps[round(i * (len(timesteps) - 1) / (count + 1))] for i in range(1, count + 1)]
-        self.shown = [t for t in dict.fromkeys(self.shown) if t > 0]
-
-    def steps(self) -> dict[str, Tensor]:
-        """What was kept on the way, as columns of a figure."""
-        return {f"t = {t}": self.seen[t] for t in self.shown}
-
-    def batches(
-        self, items: Sequence, evaluations: int, edit: Callable[[Sequence], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """`edit(items of a batch)` for --batch-size of them at a time, its pictures joined."""
-        found: dict[str, list[Tensor]] = {}
-        with utils.progress(self.args.task, len(items) * evaluations) as self.bar:
-            for first in range(0, len(items), self.args.batch_size):
-                self.seen = {}
-                for head, x in edit(items[first : first + self.args.batch_size]).items():
-                    found.setdefault(head, []).append(x.cpu())
-        return {head: torch.cat(parts) for head, parts in found.items()}
+    def sample(self, eps_theta, items: Sequence[Item]) -> Tensor:
+        generators = self.generators(items)
+        return self.sampler(self.diffusion, eps_theta, self.noise(generators), self.timesteps, generators)
 
     @torch.no_grad()
-    def named(self, x: Tensor) -> list[str]:
-        """What --classifier calls each image (B, C, H, W)."""
-        t = torch.ones(len(x), dtype=torch.long, device=self.device)
-        return [self.config["class_names"][k] for k in self.judge(x.to(self.device), t).argmax(1).tolist()]
+    def classes(self, x: Tensor) -> list[str]:
+        """The names that the classifier gives images (B, C, H, W)."""
+        labels = self.classifier(x.to(self.device), torch.ones(len(x), dtype=torch.long, device=self.device))
+        return [self.config["class_names"][label] for label in labels.argmax(1).tolist()]
+
+    def batches(self, what: str, items: Sequence, edit: Callable[..., dict], images: int = 1) -> dict:
+        """The columns of `edit(items of a batch, bar)`, joined; an item moves the bar by so many images."""
+        columns, size = {}, self.settings.batch_size
+        with progress(what, images * len(items)) as bar:
+            for first in range(0, len(items), size):
+                for head, x in edit(items[first : first + size], bar).items():
+                    columns.setdefault(head, []).append(x.cpu())
+        return {head: torch.cat(parts) for head, parts in columns.items()}
 
 
-def distance(x: Tensor, x_0: Tensor) -> float:
-    """Rms per pixel of images in [0, 1], these being in [-1, 1]."""
-    return ((x - x_0) / 2).square().mean().sqrt().item()
+def counted(eps_theta, bar: tqdm, evaluations: int):
+    """The denoiser, moving a bar whose images take so many evaluations each."""
+    return lambda x_t, t: (eps_theta(x_t, t), bar.update(len(x_t) / evaluations))[0]
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The tasks of the command line
+# The tasks: run(model) -> columns of pictures {head, or t of an x_t: (N, C, H, W)}, labels of the N rows,
+# results (M, C, H, W), and notes of what was measured
 
 
-def run_sdedit(job: Job) -> Figure:
-    """Noise an image to several levels, and denoise it from there (SDEdit)."""
-    args, T, items = job.args, job.diffusion.T, job.items()
-    timesteps = job.diffusion.timesteps(args.sample_steps) if args.sample_steps else ddpm.strided_timesteps(T)
-    args.sample_steps = len(timesteps) - 1  # for the caption
-    if args.strength:
-        starts = {f"strength {s:g}": max(1, round(s * T)) for s in args.strength}
-    else:
-        last = len(timesteps) - 2
-        if args.i_start and max(args.i_start) > last:
-            raise UserError(f"--i-start {max(args.i_start)}: the last stride to start at is {last}")
-        chosen = args.i_start or [i for i in I_STARTS if i <= last] or [0]
-        starts = {f"i_start {i}": timesteps[i] for i in chosen}
-    ways = {
-        f"{name}, t = {start}": [start, *(t for t in timesteps if t < start)]
-        for name, start in starts.items()
-    }
-
-    def edit(items: Sequence[Item]) -> dict[str, Tensor]:
-        x_0, found = job.of(items), {}
-        for head, way in ways.items():
-            job.shown, job.seen = way[:1], {}
-            eps_theta, generators = job.denoiser([item.asked for item in items]), job.generators(items)
-            x = sdedit(job.diffusion, job.sampler, eps_theta, x_0, way, generators)
-            found[head] = torch.stack([job.seen[way[0]], x.cpu()], 1).flatten(0, 1)  # two rows for each
-        return {"input": x_0.repeat_interleave(2, 0), **found}
-
-    pictures = job.batches(items, sum(map(job.evaluations, ways.values())), edit)
-    edited = {head: pictures[head][1::2] for head in ways}
-    far = {head: distance(x, pictures["input"][::2]) for head, x in edited.items()}
-    heads = {head: f"{head}: {far[head]:.3f}" if head in far else head for head in pictures}
-    labels = [label for item in items for label in (f"{job.label(item)} noised", f"{job.label(item)} edited")]
-    notes = [f"{head}: {d:.4f} from the input, rms of images in [0, 1]" for head, d in far.items()]
-    results = torch.stack(list(edited.values()), 1).flatten(0, 1)
-    caption = ["above a column: how far its results are from the inputs, rms of images in [0, 1]"]
-    return Figure({heads[head]: x for head, x in pictures.items()}, labels, results, notes, caption)
+def sdedit_timesteps(model: Model) -> dict[str, list[int]]:
+    """The timesteps from each start on, by the head of its column; UserError for a start out of range."""
+    timesteps, chosen, strengths = model.timesteps, model.settings.i_start, model.settings.strength
+    last = len(timesteps) - 2
+    if chosen and strengths:
+        raise UserError("--i-start and --strength both say where to start: leave one out")
+    if chosen and max(chosen) > last:
+        raise UserError(f"--i-start {max(chosen)}: the last stride to start at is {last}")
+    starts = {f"strength {s:g}": max(1, round(s * model.diffusion.T)) for s in strengths or ()}
+    for i in () if strengths else chosen or [i for i in I_STARTS if i <= last] or [0]:
+        starts[f"i_start {i}"] = timesteps[i]
+    return {f"{name}, t = {t}": [t, *(s for s in timesteps if s < t)] for name, t in starts.items()}
 
 
-def run_inpaint(job: Job) -> Figure:
-    """Fill the hole of an image, all other pixels as they were (replacement, RePaint)."""
-    args, items = job.args, job.items()
-    hole = read_hole(args, job.shape[-1])[None, None]  # (1, 1, H, W)
-    timesteps = job.diffusion.timesteps(args.sample_steps)
-    parts = segments(timesteps, args.resample, args.jump)
-    job.show(timesteps)
+def run_sdedit(model: Model):
+    """Noise an image to several levels, and denoise it from there (SDEdit), by default in 33 strides."""
+    ways, diffusion, (images, items) = sdedit_timesteps(model), model.diffusion, model.read_images()
 
-    def edit(items: Sequence[Item]) -> dict[str, Tensor]:
-        x_0, at, generators = job.of(items), hole.to(job.device), job.generators(items)
-        way = (job.noise(generators), timesteps, x_0, at, generators, args.resample, args.jump)
-        x = inpaint(job.diffusion, job.sampler, job.denoiser([item.asked for item in items]), *way)
-        return {"input": x_0, "known": torch.where(at, 0 * x_0, x_0), **job.steps(), "result": x}
+    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+        x_0 = images[[item.image for item in items]]
+        columns = {"input": x_0.repeat_interleave(2, 0)}  # two rows for each item
+        for head, timesteps in ways.items():
+            eps_theta = Watched(model.denoiser(items), diffusion.T, bar, timesteps[:1])
+            x = sdedit(diffusion, model.sampler, eps_theta, x_0, timesteps, model.generators(items))
+            columns[head] = torch.stack([eps_theta.kept[timesteps[0]], x.cpu()], 1).flatten(0, 1)
+        return columns
 
-    pictures = job.batches(items, sum(times * job.evaluations(part) for part, times in parts), edit)
-    labels, notes = [job.label(item) for item in items], []
-    if job.judge:
-        before, after = job.named(pictures["input"]), job.named(pictures["result"])
-        seen = zip(labels, before, after, strict=True)
-        labels = [f"{label} seen as {a}, the input as {b}".lstrip() for label, b, a in seen]
-        same = sum(a == b for a, b in zip(before, after, strict=True))
-        notes = [f"the classifier names {same} of {len(items)} as it names the input"]
-    return Figure(pictures, labels, pictures["result"], notes)
+    columns = model.batches("sdedit", items, edit, len(ways))
+    results, x_0 = {head: columns[head][1::2] for head in ways}, columns["input"][::2]
+    labels = [label for item in items for label in (f"{item.label} noised", f"{item.label} edited")]
+    notes = [f"{head}: {distance(x, x_0):.4f} rms from the input" for head, x in results.items()]
+    return columns, labels, torch.stack(list(results.values()), 1).flatten(0, 1), notes
 
 
-def read_hole(args: argparse.Namespace, size: int) -> Tensor:
-    """Where to fill, bool (size, size), from --box or the white of --mask; UserError if that is nowhere."""
-    hole = torch.zeros(size, size, dtype=torch.bool)
-    if args.box:
-        x, y, w, h = args.box
-        if x + w > size or y + h > size:
-            raise UserError(
-                f"--box {x},{y},{w},{h} leaves the image: the model's are {size}x{size}, so x + w and y + h "
-                f"are at most {size}"
-            )
+def read_hole(box: list[int] | None, mask: str | None, size: int) -> Tensor:
+    """The hole of --box, or the white of --mask, bool (size, size); UserError if there is none."""
+    if (box is None) == (mask is None):
+        raise UserError("inpaint fills --box x,y,w,h or the white of --mask FILE: leave one of them out")
+    if box is not None:
+        if len(box) != 4 or 0 in box[2:]:
+            raise UserError("--box: expected x,y,w,h in pixels, w and h at least 1")
+        (x, y, w, h), hole = box, torch.zeros(size, size, dtype=torch.bool)
+        if max(x + w, y + h) > size:
+            raise UserError(f"--box leaves the image: x + w and y + h are at most {size}, the model's size")
         hole[y : y + h, x : x + w] = True
         return hole
     try:
-        with utils.open_image(Path(args.mask), size) as picture:
+        with open_image(Path(mask), size) as picture:
             before = picture.size
-        mask = utils.upright(Path(args.mask), size, 1, "black")  # what is transparent was not painted
+        picture = upright(Path(mask), size, 1, "black")  # transparent pixels count as not painted
     except FileNotFoundError:
-        raise UserError(f"--mask {args.mask}: there is no such file") from None
+        raise UserError(f"--mask {mask}: there is no such file") from None
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise UserError(f"--mask {args.mask} can't be read as an image: {error}") from None
+        raise UserError(f"--mask {mask} can't be read as an image: {error}") from None
     if before != (size, size):
-        utils.note(f"{utils.resized(args.mask, before, size)}, nearest")
-        mask = ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST)
-    hole = torch.from_numpy(np.asarray(mask) >= 128)
+        note(f"{resized(mask, before, size)}, nearest")
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.NEAREST)
+    hole = torch.from_numpy(np.asarray(picture) >= 128)
     if not hole.any():
-        raise UserError(
-            f"--mask {args.mask} has no hole: paint white what is to be filled, black what is to stay"
-        )
+        raise UserError(f"--mask {mask} has no hole: paint white what to fill, and black what to keep")
     return hole
 
 
-def run_anagram(job: Job) -> Figure:
-    """One picture, read two ways: as it is, and turned or otherwise rearranged."""
-    args, items = job.args, [Item(draw=draw) for draw in range(job.args.draws)]
-    view = make_view(args, job.shape[-1])
-    check_isometry(view, args.view, job.shape)
-    timesteps = job.diffusion.timesteps(args.sample_steps)
-    job.show(timesteps)
+def run_inpaint(model: Model):
+    """Fill the hole of an image, and keep all other pixels (replacement, RePaint)."""
+    settings, (images, items) = model.settings, model.read_images()
+    if settings.jump > 1 and settings.resample == 1:
+        raise UserError("--jump is of RePaint: add --resample 2 or more, or leave it out")
+    hole = read_hole(settings.box, settings.mask, model.shape[-1])[None, None].to(model.device)
+    parts = segments(model.timesteps, settings.resample, settings.jump)
 
-    def edit(items: Sequence[Item]) -> dict[str, Tensor]:
-        generators = job.generators(items)
-        eps_theta = anagram(*(job.denoiser([k] * len(items)) for k in (0, 1)), view)
-        x = job.sampler(job.diffusion, eps_theta, job.noise(generators), timesteps, generators)
-        return {**job.steps(), "as it is": x, f"seen by {args.view}": view.see(x)}
+    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+        x_0, generators = images[[item.image for item in items]], model.generators(items)
+        eps_theta, x_T = model.watched(model.denoiser(items), bar), model.noise(generators)
+        x = inpaint(model.diffusion, model.sampler, eps_theta, x_T, parts, x_0, hole, generators)
+        return {"input": x_0, "known": torch.where(hole, 0 * x_0, x_0), **eps_theta.kept, "result": x}
 
-    pictures = job.batches(items, 2 * job.evaluations(timesteps), edit)
-    readings, notes = list(pictures.values())[-2:], []
-    labels = [f"{job.names[0]} / {job.names[1]}"] * len(items)
-    if job.judge:
-        found = list(zip(*map(job.named, readings), strict=True))
-        right = sum(both == tuple(job.names) for both in found)
-        notes = [f"the classifier names both readings as asked in {right} of {len(items)}"]
+    columns = model.batches("inpaint", items, edit)
+    labels, notes = [item.label for item in items], []
+    if model.classifier:
+        pairs = list(zip(model.classes(columns["result"]), model.classes(columns["input"]), strict=True))
+        rows = zip(labels, pairs, strict=True)
+        labels = [f"{label} seen as {new}, the input as {old}".lstrip() for label, (new, old) in rows]
+        same = sum(new == old for new, old in pairs)
+        notes = [f"the classifier names {same} of {len(items)} as it names the input"]
+    return columns, labels, columns["result"], notes
+
+
+def draw_pair(model: Model, compose: Callable, columns_of: Callable[[Tensor], dict]) -> dict[str, Tensor]:
+    """Columns of pictures drawn by compose(eps_1, eps_2), the denoisers of two conditions."""
+    if len(model.names) != 2:
+        raise UserError("this takes a conditional model and two conditions: --labels 6,9, or two of --prompt")
+
+    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+        pair = (model.denoiser([Item(condition=k)] * len(items)) for k in (0, 1))
+        eps_theta = model.watched(compose(*pair), bar)
+        x = model.sample(eps_theta, items)
+        return {**eps_theta.kept, **columns_of(x)}
+
+    return model.batches("drawing", [Item(draw=draw) for draw in range(model.settings.draws)], edit)
+
+
+def make_view(name: str, shape: Sequence[int], pieces: int, seed: int) -> View:
+    """The view of that name, in VIEWS or "rotateN", by N degrees; UserError unless it is an isometry."""
+    angle = re.fullmatch("rotate([0-9]{1,3})", name)
+    if name not in VIEWS and not angle:
+        raise UserError(f"--view {name} is unknown: choose one of {', '.join(VIEWS)}")
+    view = VIEWS[name](shape[-1], pieces, seed) if name in VIEWS else turned(int(angle[1]))
+    if not is_isometry(view, shape):
+        raise UserError(f"--view {name} is no isometry: noise would not stay white; try {', '.join(VIEWS)}")
+    return view
+
+
+def run_anagram(model: Model):
+    """One picture, read in two ways: as it is, and turned or otherwise rearranged."""
+    settings, seen = model.settings, f"seen by {model.settings.view}"
+    view = make_view(settings.view, model.shape, settings.pieces, model.machine.seed)
+    columns = draw_pair(model, partial(anagram, view=view), lambda x: {"as it is": x, seen: view.see(x)})
+    labels, notes = [" / ".join(model.names)] * settings.draws, []
+    if model.classifier:
+        found = list(zip(model.classes(columns["as it is"]), model.classes(columns[seen]), strict=True))
         labels = [f"{label} seen as {a} / {b}" for label, (a, b) in zip(labels, found, strict=True)]
-    return Figure(pictures, labels, readings[0], notes)
+        notes = [f"the classifier names both as asked in {found.count(tuple(model.names))} of {len(found)}"]
+    return columns, labels, columns["as it is"], notes
 
 
-def make_view(args: argparse.Namespace, size: int) -> View:
-    """The view of --view: of VIEWS, or turned by so many degrees; UserError for another."""
-    if args.view in VIEWS:
-        return VIEWS[args.view](args, size)
-    if angle := re.fullmatch("rotate([0-9]{1,3})", args.view):
-        return turned(int(angle[1]))
-    raise UserError(f"--view {args.view} is unknown: choose of {', '.join(VIEWS)}")
-
-
-def run_hybrid(job: Job) -> Figure:
+def run_hybrid(model: Model):
     """A picture that is one thing from afar, by its low frequencies, and another from near."""
-    args, items = job.args, [Item(draw=draw) for draw in range(job.args.draws)]
-    timesteps, size = job.diffusion.timesteps(args.sample_steps), job.shape[-1]
-    job.show(timesteps)
+    size, sigma = model.shape[-1], model.settings.sigma
+    edge = (size - max(1, size // 4)) // 2
 
-    def edit(items: Sequence[Item]) -> dict[str, Tensor]:
-        generators = job.generators(items)
-        eps_theta = hybrid(*(job.denoiser([k] * len(items)) for k in (0, 1)), args.sigma)
-        x = job.sampler(job.diffusion, eps_theta, job.noise(generators), timesteps, generators)
-        small, edge = F.interpolate(x, size=max(1, size // 4), mode="area"), (size - max(1, size // 4)) // 2
+    def columns_of(x: Tensor) -> dict[str, Tensor]:
+        low, small = low_pass(x, sigma), F.interpolate(x, size=max(1, size // 4), mode="area")
         afar = F.pad(small, (edge, size - edge - small.shape[-1]) * 2, value=1.0)  # on white
-        low = low_pass(x, args.sigma)
-        return {**job.steps(), "large": x, "small": afar, "low frequencies": low, "high": x - low}
+        return {"large": x, "small": afar, "low frequencies": low, "high": x - low}
 
-    pictures = job.batches(items, 2 * job.evaluations(timesteps), edit)
-    labels = [f"{job.names[0]} from afar, {job.names[1]} from near"] * len(items)
-    return Figure(pictures, labels, pictures["large"])
+    columns = draw_pair(model, partial(hybrid, sigma=sigma), columns_of)
+    labels = ["{} from afar, {} from near".format(*model.names)] * model.settings.draws
+    return columns, labels, columns["large"], []
 
 
-def run_interpolate(job: Job) -> Figure:
-    """From one image to another, through the noise that DDIM makes them of."""
-    args, diffusion = job.args, job.diffusion
-    if len(job.images) != 2 or len(job.names) > 2:
+def run_interpolate(model: Model):
+    """From one image to another, through the noise from which DDIM makes them."""
+    if model.sampling.sampler == "ddpm" or model.sampling.eta:
+        note("this sampler adds fresh noise, so it does not give the images back")
+    (images, _), names, frames = model.read_images(), model.names, model.settings.frames
+    if len(images) != 2 or len(names) > 2:
         raise UserError("interpolate takes two --image files, and one condition for both, or one for each")
-    timesteps = diffusion.timesteps(args.sample_steps)
-    own = [0, len(job.names) - 1]  # the condition of each image
+    diffusion, timesteps, iterations = model.diffusion, model.timesteps, model.settings.iterations
+    ends = [Item(image=0), Item(image=1, condition=len(names) - 1)]
+    with progress("inversion", 2) as bar:
+        eps_theta = counted(model.denoiser(ends), bar, iterations * (len(timesteps) - 1))
+        x_T = ddim_inversion(diffusion, model.clipped(eps_theta), images, timesteps, iterations)
+    a, b = x_T.cpu().unsqueeze(1)  # (1, C, H, W) each
 
-    def invert(items: Sequence[int]) -> dict[str, Tensor]:
-        eps_theta = job.denoiser([own[i] for i in items])
-        eps_theta = eps_theta if args.no_clip else clip_x_0(diffusion, eps_theta)
-        return {
-            "x_T": ddim_inversion(
-                diffusion, eps_theta, job.images[items].to(job.device), timesteps, args.iterations
-            )
-        }
+    def edit(numbers: Sequence[int], bar: tqdm) -> dict[str, Tensor]:
+        B, u = len(numbers), torch.tensor(numbers) / (frames - 1)
+        eps_1, eps_2 = (model.denoiser([end] * B) for end in ends)
+        eps_theta = mixture(eps_1, eps_2, u.to(model.device)) if len(names) == 2 else eps_1
+        eps_theta, x_T = model.watched(eps_theta, bar), slerp(a.expand(B, -1, -1, -1), b, u)
+        generators = model.generators([Item()] * B)  # the same for all, where the sampler adds noise
+        x_0 = model.sampler(diffusion, eps_theta, x_T.to(model.device), timesteps, generators)
+        return {"found": torch.stack([x_T, x_0.cpu()], 1)}
 
-    x_T = job.batches([0, 1], args.iterations * (len(timesteps) - 1), invert)["x_T"]
-
-    def edit(frames: Sequence[int]) -> dict[str, Tensor]:
-        B, u = len(frames), torch.tensor(frames) / (args.frames - 1)
-        eps_theta = job.denoiser([0] * B)
-        if own[1]:
-            eps_theta = mixture(eps_theta, job.denoiser([1] * B), u.to(job.device))
-        x = slerp(x_T[:1].expand(B, -1, -1, -1), x_T[1:].expand(B, -1, -1, -1), u)
-        generators = job.generators([Item()] * B)  # the same noise for all, where the sampler adds any
-        return {"x_T": x, "x_0": job.sampler(diffusion, eps_theta, x.to(job.device), timesteps, generators)}
-
-    found = job.batches(range(args.frames), (1 + own[1]) * job.evaluations(timesteps), edit)
-    ends = zip(job.images, found["x_0"][[0, -1]], strict=True)
-    notes = [
-        f"image {i}: inverted and sampled again it is {distance(x, x_0):.2g} away, rms of images in [0, 1]"
-        for i, (x_0, x) in enumerate(ends, start=1)
-    ]
-    columns = {
-        f"u = {u}/{args.frames - 1}": torch.stack([found["x_T"][u], found["x_0"][u]])
-        for u in range(args.frames)
-    }
-    first, last = (torch.stack([x_0, x_0]) for x_0 in job.images)
-    made = f"x_0 {' to '.join(job.names)}".rstrip()
-    return Figure({"image 1": first, **columns, "image 2": last}, ["x_T", made], found["x_0"], notes)
+    found = model.batches("sampling", range(frames), edit)["found"]  # (frames, 2, C, H, W)
+    columns, notes = {f"u = {u}/{frames - 1}": pair for u, pair in enumerate(found)}, []
+    columns = {"image 1": images[[0, 0]].cpu(), **columns, "image 2": images[[1, 1]].cpu()}
+    for i, x_0 in ((1, found[0, 1]), (2, found[-1, 1])):
+        far = distance(x_0, images[i - 1].cpu())
+        notes.append(f"image {i}: inverted and sampled again it is {far:.2g} rms away")
+    return columns, ["x_T", f"x_0 {' to '.join(names)}".rstrip()], found[:, 1], notes
 
 
-def run_sds(job: Job) -> Figure:
-    """Optimise images until a denoiser is content with them, beside images that it draws (DreamFusion)."""
-    args, diffusion, items = job.args, job.diffusion, job.items()
-    timesteps = diffusion.timesteps(args.sample_steps)
-    looks = sorted({max(1, args.steps // 10), max(1, args.steps // 3), args.steps})
-    asked = torch.tensor([item.asked for item in items])
+def run_sds(model: Model):
+    """Optimise images by score distillation (DreamFusion), and sample others to compare with."""
+    settings, diffusion, items, steps = model.settings, model.diffusion, model.items(), model.settings.steps
+    snapshot_steps = sorted({max(1, steps // 10), max(1, steps // 3), steps})
+
+    def make(items: Sequence[Item], bar: tqdm, scale: float, kind: str | None) -> dict[str, Tensor]:
+        eps_theta, generators, lr = model.denoiser(items, scale), model.generators(items), settings.lr
+        if kind is None:
+            x = model.sample(model.watched(eps_theta, bar), items)
+            return {"x": torch.stack([x] * len(snapshot_steps), 1)}
+        eps_theta, start = counted(eps_theta, bar, steps), PARAMETERISATIONS[kind](model.noise(generators))
+        x = score_distillation(diffusion, eps_theta, start, steps, lr, generators, snapshot_steps)
+        return {"x": x.transpose(0, 1)}
+
     columns, notes, results = {}, [], []
-    for scale in args.guidance_scale if job.y is not None else [1.0]:
-        guided = f", scale {scale:g}" if job.y is not None else ""
-
-        def sample(items: Sequence[Item], scale: float = scale) -> dict[str, Tensor]:
-            generators, eps_theta = job.generators(items), job.denoiser([item.asked for item in items], scale)
-            x = job.sampler(diffusion, eps_theta, job.noise(generators), timesteps, generators)
-            return {args.sampler: x[:, None].expand(-1, len(looks), -1, -1, -1)}
-
-        def distil(items: Sequence[Item], name: str, scale: float = scale) -> dict[str, Tensor]:
-            generators, eps_theta = job.generators(items), job.denoiser([item.asked for item in items], scale)
-            parameters = PARAMETERISATIONS[name](job.noise(generators))
-            x = score_distillation(diffusion, eps_theta, parameters, args.steps, args.lr, generators, looks)
-            return {f"sds, {name}": x.transpose(0, 1)}
-
-        found = job.batches(items, job.evaluations(timesteps), sample)
-        for name in args.parameterisations:
-            found |= job.batches(items, args.steps, partial(distil, name=name))
-        for name, x in found.items():  # (N, looks, C, H, W)
-            last = x[:, -1].clamp(-1, 1)
-            among = utils.diversity(last, asked)
-            told = "" if among is None else f", diversity {among:.3f}"
-            notes.append(f"{name}{guided}: saturation {utils.saturation(last):.3f}{told}")
-            columns[name + guided] = x.flatten(0, 1)
-            results += [last] if name != args.sampler else []
-    rows = [(item, step) for item in items for step in looks]
-    shown = [
-        i for i, (item, step) in enumerate(rows) if item.draw == 0 or step == args.steps
-    ]  # one on its way
-    labels = [f"{job.label(rows[i][0])} after {rows[i][1]}" for i in shown]
-    return Figure({head: x[shown] for head, x in columns.items()}, labels, torch.cat(results), notes)
+    for scale in model.guidance.guidance_scale if model.y is not None else [1.0]:
+        for kind in (None, *settings.parameterisations):
+            name = f"sds, {kind}" if kind else model.sampling.sampler
+            x = model.batches(name, items, partial(make, scale=scale, kind=kind))["x"]  # (N, S, C, H, W)
+            head = name + (f", scale {scale:g}" if model.y is not None else "")
+            last, columns[head] = x[:, -1].clamp(-1, 1), x.flatten(0, 1)
+            among = diversity(last, torch.tensor([item.condition for item in items]))
+            more = "" if among is None else f", diversity {among:.3f}"
+            notes.append(f"{head}: saturation {saturation(last):.3f}{more}")
+            results += [last] if kind else []
+    rows = enumerate(product(items, snapshot_steps))
+    shown = {i: f"{item.label} after {step}" for i, (item, step) in rows if item.draw == 0 or step == steps}
+    columns = {head: x[list(shown)] for head, x in columns.items()}
+    return columns, list(shown.values()), torch.cat(results), notes
 
 
-def run_restore(job: Job) -> Figure:
+def run_restore(model: Model):
     """Colourise, deblur or enlarge an image (DDNM)."""
-    args, diffusion, items = job.args, job.diffusion, job.items()
-    measurement, off = job.measurement, []
-    timesteps = diffusion.timesteps(args.sample_steps)
-    job.show(timesteps)
+    settings, off = model.settings, []
+    options = {"super_resolve": {"factor": settings.factor}, "deblur": {"sigma": settings.blur_sigma}}
+    measurement = PROBLEMS[settings.problem](model.shape, **options.get(settings.problem, {}))
+    shape = measurement.A(torch.zeros(1, *model.shape)).shape[1:]  # of a measurement
+    images, items = model.read_images(shape[-1] if settings.degraded else None)
+    done = settings.degraded and images.shape[1:] == shape  # a gray image is read with three channels
 
-    def edit(items: Sequence[Item]) -> dict[str, Tensor]:
-        given, generators = job.of(items), job.generators(items)
-        measured = args.degraded and args.problem != "colourise"  # a gray image's mean is what it is
-        y = given if measured else measurement.A(given)
-        eps_theta = ddnm(diffusion, job.denoiser([item.asked for item in items]), measurement, y)
-        x = job.sampler(diffusion, eps_theta, job.noise(generators), timesteps, generators)
-        x = measurement.project(x, y)  # exactly, whatever sampler and clipping did
+    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+        given, eps_theta = images[[item.image for item in items]], model.watched(model.denoiser(items), bar)
+        y = given if done else measurement.A(given)
+        x = model.sample(ddnm(model.diffusion, eps_theta, measurement, y), items)
+        x = measurement.project(x, y)  # exactly, after extrapolation and clipping
         off.append((measurement.A(x.clamp(-1, 1)) - y).abs().max().item() / 2)  # as a file has it
-        seen = y if y.shape == x.shape else measurement.inverse(y)
-        inverse = {"A+ y": measurement.inverse(y)} if args.problem == "deblur" else {}
-        original = {} if args.degraded else {"input": given}
-        return {**original, "measured": seen, **inverse, **job.steps(), "result": x}
+        original, inverse = {} if settings.degraded else {"input": given}, measurement.inverse(y)
+        seen = {"measured": y, "A+ y": inverse} if y.shape == x.shape else {"measured": inverse}
+        return {**original, **seen, **eps_theta.kept, "result": x}
 
-    pictures = job.batches(items, job.evaluations(timesteps), edit)
+    columns = model.batches("restore", items, edit)
     notes = [f"the result's own measurement is within {max(off):.2g} of the one given, in [0, 1]"]
-    if not args.degraded:
-        for head in ("measured", "A+ y", "result"):
-            if head in pictures:
-                dB = psnr(pictures[head].clamp(-1, 1), pictures["input"]).mean()
-                notes.append(f"{head}: PSNR {dB:.2f} dB")
-    return Figure(pictures, [job.label(item) for item in items], pictures["result"], notes)
+    for head in [h for h in ("measured", "A+ y", "result") if h in columns and "input" in columns]:
+        dB = psnr(columns[head].clamp(-1, 1), columns["input"]).mean()
+        notes.append(f"{head}: PSNR {dB:.2f} dB")
+    return columns, [item.label for item in items], columns["result"], notes
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
-
-I_STARTS = (1, 3, 5, 7, 10, 20)
-
-
-def box(text: str) -> list[int]:
-    """An argparse type: x,y,w,h."""
-    values = utils.listed(whole(0))(text)
-    if len(values) != 4 or 0 in values[2:]:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected x,y,w,h in pixels, w and h at least 1")
-    return values
-
-
-def sdedit_flags(add: Callable) -> None:
-    starts = "where to start among 990, 960, ..., 0 (or --sample-steps), 0 being the first: later keeps more"
-    add("--i-start", type=utils.listed(whole(0)), metavar="LIST", help=f"{starts} (default: 1,3,5,7,10,20)")
-    share = "instead: the noise level to start from, as a share of T"
-    add("--strength", type=utils.listed(real(0, 1, above=True)), metavar="LIST", help=share)
-
-
-def inpaint_flags(add: Callable) -> None:
-    add("--mask", metavar="FILE", help="an image, white where the hole is")
-    add("--box", type=box, metavar="X,Y,W,H", help="instead: the hole as a box, in the model's pixels")
-    add(
-        "--resample", type=whole(1), default=1, metavar="R", help="RePaint: take each part of the way R times"
-    )
-    add("--jump", type=whole(1), default=1, metavar="J", help="RePaint: the strides of a part")
-
-
-def anagram_flags(add: Callable) -> None:
-    add("--view", default="rotate180", metavar="NAME", help=f"one of {', '.join(VIEWS)}")
-    add("--pieces", type=whole(2), default=4, metavar="N", help="--view jigsaw: of N x N pieces")
-
-
-def hybrid_flags(add: Callable) -> None:
-    sigma = "of the Gaussian that parts low from high, in pixels (default: 2 at 64x64, scaled with the size)"
-    add("--sigma", type=real(0.1), metavar="S", help=sigma)
-
-
-def interpolate_flags(add: Callable) -> None:
-    add("--frames", type=whole(2), default=7, metavar="N", help="from one image to the other, both included")
-    add("--iterations", type=whole(1), default=5, metavar="N", help="of the fixed point in each stride")
-
-
-def sds_flags(add: Callable) -> None:
-    kinds = f"with commas between them: {', '.join(PARAMETERISATIONS)}"
-    add(
-        "--parameterisations",
-        type=parameterisations,
-        default=["pixels", "fourier"],
-        metavar="LIST",
-        help=kinds,
-    )
-    add("--steps", type=whole(1), default=500, metavar="N", help="of Adam")
-    add("--lr", type=real(0, above=True), default=0.03, metavar="RATE", help="of Adam")
-
-
-def parameterisations(text: str) -> list[str]:
-    """An argparse type: names in PARAMETERISATIONS."""
-    names = utils.listed(str)(text)
-    for name in names:
-        if name not in PARAMETERISATIONS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PARAMETERISATIONS)}")
-    return list(dict.fromkeys(names))
-
-
-def restore_flags(add: Callable) -> None:
-    what = "one of %(choices)s"
-    add("--problem", choices=list(PROBLEMS), default="super_resolve", metavar="NAME", help=what)
-    add("--factor", type=whole(2), default=4, metavar="N", help="--problem super_resolve: N times larger")
-    sigma = "--problem deblur: of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
-    add("--blur-sigma", type=real(0.1), metavar="S", help=sigma)
-    given = "the images are gray, blurred or small already (default: they are whole, and made so first)"
-    add("--degraded", action="store_true", help=given)
-
-
-@dataclass
-class Task:
-    run: Callable[[Job], Figure]
-    add_flags: Callable[[Callable], None] = lambda add: None
-    images: bool = True  # whether it takes --image
-    scale: Sequence[float] = (3.0,)  # of guidance, by default
-    draws: int = 1
-
-
-TASKS = {
-    "sdedit": Task(run_sdedit, sdedit_flags),
-    "inpaint": Task(run_inpaint, inpaint_flags),
-    "anagram": Task(run_anagram, anagram_flags, images=False, scale=(5.0,), draws=10),
-    "hybrid": Task(run_hybrid, hybrid_flags, images=False, draws=4),
-    "interpolate": Task(run_interpolate, interpolate_flags, scale=(1.0,)),
-    "sds": Task(run_sds, sds_flags, images=False, scale=(1.0, 7.5), draws=4),
-    "restore": Task(run_restore, restore_flags),
-}
-FLAG_OWNERS = {  # which --sampler, --view or --problem a flag belongs to
-    "sampler": ddpm.SAMPLER_FLAGS,
-    "view": {"pieces": "jigsaw"},
-    "problem": {"factor": "super_resolve", "blur_sigma": "deblur"},
+GROUPS = [EditSettings, GuidanceSettings, SamplerSettings, MachineSettings]
+Edit = namedtuple("Edit", "run flags defaults", defaults=({},))
+EDITS = {
+    "sdedit": Edit(run_sdedit, "image i_start strength draws", dict(sample_steps=None)),
+    "inpaint": Edit(run_inpaint, "image mask box resample jump draws classifier"),
+    "anagram": Edit(run_anagram, "view pieces draws classifier", dict(draws=10, guidance_scale=[5.0])),
+    "hybrid": Edit(run_hybrid, "sigma draws", dict(draws=4)),
+    "interpolate": Edit(run_interpolate, "image frames iterations", dict(guidance_scale=[1], sampler="ddim")),
+    "sds": Edit(run_sds, "parameterisations steps lr draws", dict(draws=4, guidance_scale=[1.0, 7.5])),
+    "restore": Edit(run_restore, "image problem factor blur_sigma degraded draws"),
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    what = "Edit images with a trained diffusion model: one command, one figure."
-    parser = utils.Parser(description=what)
+def make_parser() -> cli.Parser:
+    parser = cli.Parser(description=__doc__.split("\n\nAn edit")[0], **cli.PLAIN)
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, task in TASKS.items():
-        what = task.run.__doc__.splitlines()[0]
-        sub = tasks.add_parser(name, help=what, description=what)
-        add = sub.add_argument
-        runs = "a run's folder, or the folder or file of published weights"
-        add("--checkpoint", required=True, metavar="RUN", help=runs)
-        if task.images:
-            add("--image", nargs="+", required=True, metavar="FILE", help="to be edited: photos, drawings")
-        task.add_flags(add)
-        if task.draws == 1 and name != "interpolate":
-            add("--draws", type=whole(1), default=1, metavar="N", help="of each image, for each condition")
-        elif name != "interpolate":
-            add("--draws", type=whole(1), default=task.draws, metavar="N", help="pictures to make")
-        if name in ("inpaint", "anagram"):
-            add("--classifier", metavar="RUN", help="a classifier of the same data, to name what was made")
-        add = sub.add_argument_group("what to make (of a conditional model)").add_argument
-        classes = "class numbers or names, with commas: 0,3,7"
-        add("--labels", type=utils.listed(str), metavar="LIST", help=classes)
-        say = "one or more captions, each in quotes"
-        add("--prompt", nargs="+", action="extend", metavar="CAPTION", help=say)
-        scale = "1 plain conditional, 0 unconditional, above 1 guided"
-        more = "; several, with commas, are compared" if name == "sds" else ""
-        add(
-            "--guidance-scale",
-            type=utils.listed(real(0)),
-            default=list(task.scale),
-            metavar="S",
-            help=scale + more,
-        )
-        ddpm_conditional.add_guidance_options(add)
-        add = sub.add_argument_group("sampling").add_argument
-        sampler = "ddim" if name == "interpolate" else "that of the run's previews"
-        steps = "33, of t = 990, 960, ..., 0" if name == "sdedit" else "50, at most T"
-        ddpm.add_sampler_flags(add, sampler, steps)
-        add("--batch-size", type=whole(1), default=64, metavar="IMAGES", help="through the network at once")
-        add("--out", metavar="DIR", help="also write one PNG per result there")
-        utils.add_machine_flags(sub)
+    of_some = {"precision", "compile"}.union(*(edit.flags.split() for edit in EDITS.values()))
+    for task, edit in EDITS.items():
+        groups, what, own, left_out = {}, edit.run.__doc__, edit.defaults, of_some - {*edit.flags.split()}
+        for group in GROUPS:
+            rows = {name: row for name, row in cli.rows_of(group).items() if name not in left_out}
+            rows = {name: row | {"default": own.get(name, row["default"])} for name, row in rows.items()}
+            if group is SamplerSettings:
+                default = own.get("sampler", "that of the run's previews")
+                rows["sampler"]["help"] = f"sampler: %(choices)s (default: {default})"
+            made = [(name, object, setting(**row)) for name, row in rows.items()]
+            groups[group.__name__.removesuffix("Settings").lower()] = make_dataclass("Shown", made)
+        cli.add_settings(tasks.add_parser(task, help=what, description=what, **cli.PLAIN), groups)
     return parser
 
 
-def asked_for(args: argparse.Namespace, config: dict) -> tuple[list[str], Tensor | None]:
-    """What the model is asked for, names and y (R, ...); [""] and None where it is told nothing."""
-    if args.task in ("anagram", "hybrid") and config["kind"] != "ddpm_conditional":
-        what = f"{args.task} takes a conditional model, a run of ddpm_conditional.py"
-        raise UserError(f"{what}: {args.checkpoint} is unconditional")
-    if args.task in ("anagram", "hybrid") and len(args.labels or args.prompt or ()) != 2:
-        raise UserError(f"{args.task} takes two conditions: --labels 6,9, or --prompt with two captions")
-    if not args.labels and not args.prompt:
-        ddpm_conditional.without_condition(args.checkpoint, config)
-        return [""], None
-    if config["kind"] != "ddpm_conditional":
-        raise UserError(
-            f"{args.checkpoint} is an unconditional model, which can't be told what to make: leave out "
-            f"{'--labels' if args.labels else '--prompt'}, or name a run of ddpm_conditional.py"
-        )
-    if config.get("p_uncond") == 0:
-        ddpm_conditional.fill_guidance_scale(args, 0)  # a note
-    return ddpm_conditional.conditions(args, config)
-
-
-def make_job(args: argparse.Namespace) -> Job:
-    """Load what the command line names; UserError where that does not go together."""
-    ddpm.check_owners(args, {owner: flags for owner, flags in FLAG_OWNERS.items() if owner in args})
-    ddpm_conditional.check_scales(args)
-    if args.task != "sds" and len(args.guidance_scale) > 1:
-        raise UserError("--guidance-scale: one scale, please; only sds compares several")
-    if args.task == "inpaint" and args.mask is None and args.box is None:
-        raise UserError("inpaint needs to know where: --box x,y,w,h, or --mask FILE")
-    if args.task == "inpaint" and args.mask is not None and args.box is not None:
-        raise UserError("--box and --mask both say where: leave one of them out")
-    if args.task == "inpaint" and "jump" in args.typed and args.resample == 1:
-        raise UserError("--jump is of RePaint: add --resample 2 or more, or leave it out")
-    told_nothing = not args.labels and not args.prompt
-    for dest in args.typed & ddpm_conditional.HOW_TO_GUIDE if told_nothing else ():
-        raise UserError(f"{utils.flag(dest)} goes with --labels or --prompt, what to guide towards")
-    if args.task == "interpolate" and (args.sampler == "ddpm" or args.eta):
-        utils.note("this sampler adds noise of its own on the way: it does not give the images back")
-    if args.task == "sdedit" and args.i_start and args.strength:
-        raise UserError("--i-start and --strength both say where to start: leave one out")
-    device = utils.get_device(args.device)
-    net, diffusion, config = ddpm.load_network(args.checkpoint, device)
-    if args.task != "sdedit" or args.sample_steps:  # sdedit has strides of its own
-        ddpm.fill_sample_steps(args, diffusion.T)
-    if args.task != "interpolate":  # which inverts ddim
-        ddpm.fill_sampler(args, config)
-    ddpm_conditional.check_interval(args, diffusion.T)
-    job = Job(args, net, diffusion, config, device, *asked_for(args, config))
-    if TASKS[args.task].images:
-        size = config["image_size"]
-        if args.task == "restore":
-            job.measurement = PROBLEMS[args.problem](args, job.shape)
-            size //= args.factor if args.degraded and args.problem == "super_resolve" else 1
-        job.images = utils.read_images(args.image, size, config["channels"])
-    if getattr(args, "classifier", None):
-        same = ddpm_conditional.SAME_DATA
-        job.judge = ddpm_conditional.load_classifier(args.classifier, config, device, same)
-    return job
-
-
-IN_CAPTIONS = {  # settings of a task that are told where they were typed
-    *("pieces", "factor", "blur_sigma", "sigma", "box", "mask", "resample", "jump", "iterations", "steps"),
-    *("lr", "degraded", "no_clip"),
-}
-
-
-def settings(args: argparse.Namespace) -> list[str]:
-    """The settings that were typed, for the caption."""
-    found = {dest: getattr(args, dest) for dest in sorted(args.typed & IN_CAPTIONS)}
-    return [
-        f"{dest.replace('_', ' ')}{'' if value is True else f' {value}'}" for dest, value in found.items()
-    ]
-
-
-def made_by(job: Job) -> str:
-    """How pictures were made, for the caption."""
-    args = job.args
-    if job.y is None:
-        return f"{args.sampler} {args.sample_steps} steps"
-    return f"{ddpm_conditional.made_by(args)}, scale {', '.join(f'{s:g}' for s in args.guidance_scale)}"
+def caption_of(task: str, model: Model, command: cli.Command) -> str:
+    """What is written above a figure: the task, settings that were typed, and the model."""
+    shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}
+    names = [name for name in (*EDITS[task].flags.split(), "no_clip") if name in shown]
+    own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
+    scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
+    made = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
+    made = made if model.y is not None else f"{command['sampler']} {command['sample_steps']} steps"
+    return ", ".join([task, *own, model_name(model.config), made, f"seed {command['seed']}"])
 
 
 def main() -> None:
-    args = make_parser().parse_args()
-    args.guidance = "cfg"
-    job = make_job(args)
-    folder = utils.run_folder(args.checkpoint) / "edits"
-    ddpm.prepare_folders(folder, args.out)
-    figure = TASKS[args.task].run(job)
-    what = " ".join([args.task, *(getattr(args, dest) for dest in ("view", "problem") if dest in args)])
-    told = [what, *settings(args), ddpm.model_name(job.config), made_by(job), f"seed {args.seed}"]
-    notes = figure.notes if figure.caption is None else figure.caption
-    caption = "; ".join([", ".join(told), *notes])
-    cells = torch.stack(list(figure.pictures.values()), 1).flatten(0, 1)
-    grid = utils.make_grid(cells, caption, len(figure.pictures), figure.labels, list(figure.pictures))
-    path = utils.save_picture(grid, utils.new_path(folder / f"{args.task}.png", ".png"))
-    if args.out:
-        for i, picture in enumerate(utils.to_pictures(figure.results)):
-            utils.save_picture(picture, Path(args.out) / f"{i:05d}.png")
-    print("\n".join([*figure.notes, f"figure   {shlex.quote(str(path))}"]))
-    if args.out:
-        print("images  ", shlex.quote(args.out))
+    typed = vars(make_parser().parse_args())
+    run, _, defaults = EDITS[task := typed.pop("task")]
+    command = cli.make_command(typed, GROUPS)
+    model, out = Model(command, defaults), command["out"]
+    folder = run_folder(command["checkpoint"]) / "edits"
+    prepare_folders(folder, out)
+    columns, labels, results, notes = run(model)
+    heads = [f"t = {head}" if isinstance(head, int) else head for head in columns]
+    caption = "; ".join([caption_of(task, model, command), *notes])
+    grid = make_grid(torch.stack(list(columns.values()), 1).flatten(0, 1), caption, len(heads), labels, heads)
+    path = save_picture(grid, new_path(folder / f"{task}.png", ".png"))
+    print("\n".join([*notes, f"figure   {shlex.quote(str(path))}"]))
+    if out:
+        for i, picture in enumerate(to_pictures(results)):
+            save_picture(picture, Path(out) / f"{i:05d}.png")
+        print("images  ", shlex.quote(out))
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(main)

@@ -8,12 +8,27 @@ condition to image.
 
 import copy
 import math
+from collections import OrderedDict
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+from support.errors import UserError
+from support.settings import COUNT, real, rows_of, setting, settings, whole
+from support.text import END, PAD
+
+
+@settings()
+class NetworkSettings:  # what is None follows the image size: support/defaults.py
+    width: int | None = setting(None, "channels at full resolution", "N", whole(4))
+    multipliers: list | None = setting(None, "multiples of the width, one a level", "M", COUNT, nargs="+")
+    blocks: int | None = setting(None, "residual blocks a level", "N", COUNT)
+    attention: list | None = setting(
+        None, "levels with attention; level 1 is half resolution", "LEVEL", int, nargs="*"
+    )
+    dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
 
 
 def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
@@ -42,18 +57,17 @@ def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
     return layer
 
 
-def conv3x3(c_in: int, c_out: int, zero: bool = False) -> nn.Conv2d:
-    return init_layer(nn.Conv2d(c_in, c_out, 3, padding=1), zero)
-
-
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-Conv twice, the time embedding added in between; (B, c_in, H, W) -> (B, c_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), conv3x3(c_in, c_out)
+        self.norm1, self.conv1 = group_norm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.time = init_layer(nn.Linear(emb_dim, c_out))
-        self.norm2, self.conv2 = group_norm(c_out), conv3x3(c_out, c_out, zero=True)
+        self.norm2, self.conv2 = (
+            group_norm(c_out),
+            init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True),
+        )
         self.dropout = nn.Dropout(dropout)
         self.shortcut = init_layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
@@ -64,9 +78,7 @@ class ResidualBlock(nn.Module):
         return self.shortcut(x) + h
 
 
-Context = tuple[
-    torch.Tensor, torch.Tensor
-]  # encoded tokens (B, L, D), and which of the L are no padding (B, L)
+Context = tuple[torch.Tensor, torch.Tensor]  # encoded tokens (B, L, D), and which are no padding (B, L)
 
 
 class Attention(nn.Module):
@@ -95,30 +107,26 @@ class Attention(nn.Module):
         return x + self.out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Sequential):
     """Halve H and W by a strided convolution, padded as TensorFlow's "SAME" pads: right and bottom by one."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = init_layer(nn.Conv2d(channels, channels, 3, stride=2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        conv = init_layer(nn.Conv2d(channels, channels, 3, stride=2))
+        super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Double H and W by repeating pixels, then convolve."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        conv = init_layer(nn.Conv2d(channels, channels, 3, padding=1))
+        super().__init__(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
 
-class Stage(nn.Module):
-    """A residual block, followed by attention where the level has it."""
+class UNetBlock(nn.Module):
+    """A residual block, followed by attention where the level has it; (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    recompute = True  # in the backward pass, with --checkpointing
 
     def __init__(
         self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool, context_dim: int
@@ -136,9 +144,10 @@ class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
     Level i has width * multipliers[i] channels at 1 / 2^i of the resolution and `blocks` residual blocks;
-    `attention` lists the levels with self-attention, which the middle always has. H and W must be divisible
-    by `self.divisor` = 2^(levels - 1), else ValueError. `context_dim` is the size of the tokens in the
-    context, where a network has one.
+    `attention` lists the levels with self-attention, which the middle always has. Level 0 has none: attention
+    over H W positions costs (H W)^2, sixteen times that of level 1, and at full resolution what is left to do
+    is local. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. `context_dim` is
+    the size of the tokens in the context, where a network has one.
     """
 
     def __init__(
@@ -155,91 +164,58 @@ class Encoder(nn.Module):
         if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
             raise ValueError("width must be even and >= 4, blocks >= 1, multipliers a list of numbers >= 1")
         if any(not 0 < level < len(multipliers) for level in attention):
-            raise ValueError(
-                f"attention levels must lie between 1 (half resolution) and {len(multipliers) - 1}; "
-                "there is none at full resolution, level 0"
-            )
+            where = f"between 1 (half resolution) and {len(multipliers) - 1}"
+            raise ValueError(f"attention levels must lie {where}; there is none at full resolution, level 0")
         self.width, self.divisor, self.emb_dim = width, 2 ** (len(multipliers) - 1), 4 * width
-        self.stage = partial(Stage, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
+        self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
+        self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
 
         self.time_mlp = nn.Sequential(
             init_layer(nn.Linear(width, self.emb_dim)),
             nn.SiLU(),
             init_layer(nn.Linear(self.emb_dim, self.emb_dim)),
         )
-        self.conv_in = conv3x3(channels, width)
+        self.conv_in = init_layer(nn.Conv2d(channels, width, 3, padding=1))
         c = width
         self.skip_channels = [c]  # of every output that the UNet keeps as a skip
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, multiplier in enumerate(multipliers):
-            stages = nn.ModuleList()
+        for level, (c_out, has_attention) in enumerate(self.levels):
+            stack = nn.ModuleList()
             for _ in range(blocks):
-                stages.append(self.stage(c, width * multiplier, attention=level in attention))
-                c = width * multiplier
+                stack.append(self.block(c, c_out, attention=has_attention))
+                c = c_out
                 self.skip_channels.append(c)
-            self.down.append(stages)
+            self.down.append(stack)
             if level < len(multipliers) - 1:
                 self.downsample.append(Downsample(c))
                 self.skip_channels.append(c)
-        self.middle = nn.ModuleList([self.stage(c, c, attention=True), self.stage(c, c, attention=False)])
-        self.checkpointing = False  # keep no activations inside stages, and compute them again when needed
-        self.times: torch.Tensor | None = None  # (T+1, 4 * width) the embedded times, where they are kept
-
-    @torch.no_grad()
-    def keep_times(self, T: int) -> None:
-        """Embed all times 0..T now, where the network is, rather than anew at every step of sampling.
-
-        They serve until the network is set to train, or given other weights.
-        """
-        self.times = None
-        self.times = self.embed_time(torch.arange(T + 1, device=self.conv_in.weight.device))
-
-    def train(self, mode: bool = True) -> "Encoder":
-        self.times = None if mode else self.times
-        return super().train(mode)
-
-    def load_state_dict(self, *weights, **options):
-        self.times = None
-        return super().load_state_dict(*weights, **options)
-
-    def embed_time(self, t: torch.Tensor) -> torch.Tensor:
-        """The embedded time (B, 4 * width) of t (B,)."""
-        if self.times is not None:
-            return self.times[t]
-        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype))
+        self.middle = nn.ModuleList([self.block(c, c, attention=True), self.block(c, c, attention=False)])
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
-        """What every stage is told besides the image: the embedded time (B, 4 * width), and a context.
+        """What every block gets besides the image: the embedded time (B, 4 * width), and a context or None.
 
-        Here y is not used and there is no context: conditional networks override this.
+        Conditional networks override this method, and only this one; here y is not used.
         """
-        return self.embed_time(t), None
-
-    def run(self, stage: Stage, h: torch.Tensor, emb: torch.Tensor, context: Context | None) -> torch.Tensor:
-        """One stage; with `checkpointing` its activations are computed again in the backward pass."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(stage, h, emb, context, use_reentrant=False)
-        return stage(h, emb, context)
+        return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)), None
 
     def encode(
         self, x: torch.Tensor, emb: torch.Tensor, context: Context | None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """The output of the middle, (B, width * multipliers[-1], H / divisor, W / divisor), and the skips."""
-        if x.shape[-2] % self.divisor or x.shape[-1] % self.divisor:
-            raise ValueError(
-                f"image {tuple(x.shape[-2:])}: height and width must be divisible by {self.divisor}"
-            )
+        size = tuple(x.shape[-2:])
+        if size[0] % self.divisor or size[1] % self.divisor:
+            raise ValueError(f"image {size}: height and width must be divisible by {self.divisor}")
         h = self.conv_in(x)  # (B, width, H, W)
         skips = [h]
-        for level, stages in enumerate(self.down):
-            for stage in stages:
-                h = self.run(stage, h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
+        for level, blocks in enumerate(self.down):
+            for block in blocks:
+                h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
                 skips.append(h)
             if level < len(self.downsample):
-                h = self.downsample[level](h)
+                h = self.downsample[level](h)  # (B, width * m, H / 2^(level + 1), W / 2^(level + 1))
                 skips.append(h)
-        for stage in self.middle:
-            h = self.run(stage, h, emb, context)
+        for block in self.middle:
+            h = block(h, emb, context)  # (B, width * multipliers[-1], H / divisor, W / divisor)
         return h, skips
 
 
@@ -247,41 +223,34 @@ class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
     The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level, each of which is
-    also given a skip.
+    also given a skip. The arguments are the Encoder's.
     """
 
-    def __init__(
-        self,
-        channels: int = 3,
-        width: int = 64,
-        multipliers: tuple[int, ...] = (1, 2, 4),
-        blocks: int = 2,
-        attention: tuple[int, ...] = (1,),
-        dropout: float = 0.0,
-        context_dim: int = 0,
-    ):
-        super().__init__(channels, width, multipliers, blocks, attention, dropout, context_dim)
-        c, skips = width * multipliers[-1], list(self.skip_channels)
+    def __init__(self, *encoder, **more):
+        super().__init__(*encoder, **more)
+        c, skips = self.skip_channels[-1], list(self.skip_channels)
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            stages = nn.ModuleList()
-            for _ in range(blocks + 1):
-                stages.append(self.stage(c + skips.pop(), width * multiplier, attention=level in attention))
-                c = width * multiplier
-            self.up.append(stages)
+        for level, (c_out, has_attention) in reversed(list(enumerate(self.levels))):
+            stack = nn.ModuleList()
+            for _ in range(len(self.down[level]) + 1):
+                stack.append(self.block(c + skips.pop(), c_out, attention=has_attention))
+                c = c_out
+            self.up.append(stack)
             if level > 0:
                 self.upsample.append(Upsample(c))
 
-        self.norm_out, self.conv_out = group_norm(c), conv3x3(c, channels, zero=True)
+        out = nn.Conv2d(c, self.conv_in.in_channels, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(c), init_layer(out, zero=True)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         emb, context = self.embed(t, y)  # (B, 4 * width)
         h, skips = self.encode(x, emb, context)
-        for i, stages in enumerate(self.up):
-            for stage in stages:
-                h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+        for i, blocks in enumerate(self.up):
+            for block in blocks:
+                h = torch.cat([h, skips.pop()], dim=1)  # (B, c + c_skip, H / 2^level, W / 2^level)
+                h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
-                h = self.upsample[i](h)
+                h = self.upsample[i](h)  # twice the height and width
         return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
 
 
@@ -326,9 +295,6 @@ class ConditionalUNet(UNet):
         return emb + self.label_embedding(y).to(emb.dtype), context  # 2.a: added to the time embedding
 
 
-PAD, END = 0, 1  # the tokens that are no words: padding, and the end of every caption
-
-
 class TextUNet(UNet):
     """The UNet told a caption, as in GLIDE (Nichol et al. 2021, section 4.1): `net(x_t, t, y) -> out`.
 
@@ -347,17 +313,10 @@ class TextUNet(UNet):
         self.position_embedding = nn.Embedding(max_tokens, text_width)
         for embedding in (self.token_embedding, self.position_embedding):
             nn.init.normal_(embedding.weight, std=0.5**0.5)  # their sum has variance 1
+        layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, activation="gelu")
+        heads = max(1, text_width // 32)
         self.transformer = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                text_width,
-                max(1, text_width // 32),
-                4 * text_width,
-                0.0,
-                "gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(text_layers)
+            layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers)
         )
         self.text_norm = nn.LayerNorm(text_width)
         self.text_to_emb = init_layer(nn.Linear(text_width, self.emb_dim))
@@ -399,6 +358,24 @@ class Classifier(Encoder):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         return self.head(self.features(x, t))
+
+
+def make_network(config: dict) -> nn.Module:
+    """The network that the settings of a run describe, of the run's kind; UserError if they make none."""
+    kind, make = config.get("kind"), UNet
+    if kind == "published":
+        make = partial(PublishedUNet, config["norm_groups"], config["norm_eps"])
+    elif kind == "classifier":
+        make = partial(Classifier, len(config["class_names"]))
+    elif kind == "ddpm_conditional" and config["condition"] == "text":
+        words, max_tokens = config["vocabulary"]["words"], config["vocabulary"]["max_tokens"]
+        make = partial(TextUNet, END + 1 + len(words), max_tokens)
+    elif kind == "ddpm_conditional":
+        make = partial(ConditionalUNet, len(config["class_names"]))
+    try:
+        return make(**{name: config[name] for name in ("channels", *rows_of(NetworkSettings))})
+    except ValueError as error:
+        raise UserError(f"no network can be made of these settings: {error}") from None
 
 
 class PointMLP(nn.Module):

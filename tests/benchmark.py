@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +29,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ddpm
-import ddpm_conditional
-import utils
+from ddpm import Diffusion
+from ddpm_conditional import cfg
 from modules import EMA, ConditionalUNet, UNet
+from support import machine
+from support.defaults import default_network
+from support.errors import run_main
+from support.images import to_x_0
+from support.loader import Loader
+from support.machine import MachineSettings, to_device
+from support.trainer import CHECK_EVERY
+from utils import get_data
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 YARDSTICK = dict(width=64, multipliers=[1, 2, 4, 4], blocks=2, attention=[2, 3])  # at 64x64, batch 12
@@ -41,14 +47,18 @@ GROWTH = 4  # from one batch to the next
 PARTS = ("data", "forward", "backward", "optimizer", "EMA", "logging")
 
 
-def settings(size: int) -> dict:
-    """The default network for images of that size, as for MNIST at 28 and photographs at 32."""
-    defaults = ddpm.unet_defaults(size, simple=size == 28)
-    return {key: defaults[key] for key in ("width", "multipliers", "blocks", "attention")}
+def defaults(size: int) -> dict:
+    """The default network and training for images of that size, as for MNIST at 28 and photographs at 32."""
+    return default_network(size, narrow=size == 28)
 
 
 def channels_of(size: int) -> int:
     return 1 if size in (16, 28) else 3
+
+
+def make_unet(size: int, network: dict | None = None) -> UNet:
+    network = network or {key: defaults(size)[key] for key in YARDSTICK}
+    return UNet(channels_of(size), **network)
 
 
 def wait(device: torch.device) -> None:
@@ -71,21 +81,29 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 class Training:
-    """Training a network step by step, as train() does it."""
+    """Training a network step by step, as support.trainer.Trainer does it, each part timed."""
 
     def __init__(
-        self, size: int, batch: int, device: torch.device, bf16: bool, compile: bool = False, net=None
+        self, size: int, batch: int, device: torch.device, precision: str, compile: bool = False, network=None
     ):
         torch.manual_seed(0)
-        channels = channels_of(size)
-        self.net = ddpm.place(UNet(channels, **(net or settings(size))), device)
+        self.net, self.diffusion, self.device = (
+            to_device(make_unet(size, network), device),
+            Diffusion(),
+            device,
+        )
         self.optimizer = torch.optim.AdamW(self.net.parameters(), fused=device.type != "mps")
-        self.model = ddpm.Compiled(self.net, device.type == "cuda") if compile else self.net
-        self.ema, self.diffusion, self.device = EMA(self.net), ddpm.Diffusion(), device
-        images = torch.randint(0, 256, (max(4 * batch, 64), channels, size, size), dtype=torch.uint8)
-        self.loader, self.batches = utils.Loader(images, batch, device, flip=True), iter(())
+        self.ema, shape = EMA(self.net), (max(4 * batch, 64), channels_of(size), size, size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        self.loader, self.batches = Loader(images, batch, device, flip=True), iter(())
         self.generator, self.pending = torch.Generator(device).manual_seed(0), []
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16) if bf16 else nullcontext
+        with FlopCounterMode(display=False) as counter:
+            self.diffusion.loss(self.net, self.batch()).backward()
+        self.flops = counter.get_total_flops()  # of a step, as PyTorch counts them
+        if compile:
+            machine.compile_forward(self.net, graphs=device.type == "cuda")
+        if precision == "bf16":
+            machine.autocast_forward(self.net, device)
 
     def batch(self) -> torch.Tensor:
         x_0 = next(self.batches, (None,))[0]
@@ -93,12 +111,6 @@ class Training:
             self.batches = self.loader.epoch(0)
             x_0, _ = next(self.batches)
         return x_0
-
-    def flops(self) -> int:
-        """Of a step, as PyTorch counts them."""
-        with FlopCounterMode(display=False) as counter:
-            self.diffusion.loss(self.net, self.batch()).backward()
-        return counter.get_total_flops()
 
     def step(self, wait: Callable = lambda device: None) -> dict[str, float]:
         """One step; the seconds of its parts, if `wait` waits for the device."""
@@ -110,8 +122,7 @@ class Training:
 
         x_0 = self.batch()
         mark()
-        with self.autocast():
-            loss = self.diffusion.loss(self.model, x_0, None, self.generator)
+        loss = self.diffusion.loss(self.net, x_0, None, self.generator)
         mark()
         self.optimizer.zero_grad()
         loss.backward()
@@ -122,19 +133,17 @@ class Training:
         self.ema.update(self.net, 0)
         mark()
         self.pending.append(torch.stack([loss.detach().float(), norm.detach().float()]))
-        if len(self.pending) >= ddpm.CHECK_EVERY:
+        if len(self.pending) >= CHECK_EVERY:
             torch.stack(self.pending).tolist()
             self.pending.clear()
         mark()
         return dict(zip(PARTS, (b - a for a, b in pairwise(marks)), strict=True))
 
 
-def sampling(size: int, batch: int, device: torch.device, bf16: bool, compile: bool) -> Callable[[], None]:
+def sampling(size: int, batch: int, device: torch.device, precision: str, compile: bool) -> Callable:
     """One evaluation of the default network as --sample makes it."""
-    net = ddpm.place(UNet(channels_of(size), **settings(size)), device).eval()
-    net.keep_times(1000)
-    args = argparse.Namespace(precision="bf16" if bf16 else "fp32", compile=compile)
-    net = ddpm.quick(net, args, settings(size), device)
+    net = to_device(make_unet(size), device).eval()
+    machine.speed_up_sampling(net, MachineSettings(precision=precision, compile=compile), device)
     x_t = torch.randn(batch, channels_of(size), size, size, device=device)
     t = torch.full((batch,), 500, device=device)
 
@@ -160,66 +169,96 @@ def seconds_each(f: Callable, device: torch.device, seconds: float) -> float:
             return (time.perf_counter() - start) / calls
 
 
-def counted(size: int, precision: str) -> tuple[int, int]:
-    """The bytes of training whatever the batch, and of each image, as the program counts them."""
-    net, diffusion, x_0 = UNet(channels_of(size), **settings(size)), ddpm.Diffusion(), torch.zeros(1, 1, 1, 1)
-    x_0 = x_0.expand(1, channels_of(size), size, size)
-    half = partial(torch.autocast, "cpu", torch.bfloat16) if precision == "bf16" else nullcontext
-    return ddpm.memory_of_training(net, diffusion.loss, x_0, None, half)
+def memory_of_training(net: torch.nn.Module, loss_fn: Callable, images: torch.Tensor) -> tuple[int, int]:
+    """The bytes that training takes for any batch, and for these images (B, C, H, W) uint8 of a batch.
+
+    Counted are the weights, their gradients, AdamW's two moments and the average; and what the forward pass
+    saves for the backward pass.
+    """
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in net.parameters()}
+
+    def saved(times: int) -> int:
+        found: dict[int, int] = {}  # by address: a tensor may be saved twice
+
+        def save(x: torch.Tensor) -> torch.Tensor:
+            found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        x_0, generator = to_x_0(images).repeat(times, 1, 1, 1), torch.Generator().manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            loss = loss_fn(net, x_0, None, generator)
+        del loss
+        return sum(size for address, size in found.items() if address not in weights)
+
+    once, twice = saved(1), saved(2)
+    return 5 * sum(weights.values()) + max(0, 2 * once - twice), twice - once
+
+
+def counted(size: int, batch: int, precision: str) -> int:
+    """The bytes that training the default network takes with such a batch."""
+    net = make_unet(size)
+    if precision == "bf16":
+        machine.autocast_forward(net, torch.device("cpu"))
+    image = torch.zeros(1, channels_of(size), size, size, dtype=torch.uint8)
+    fixed, each = memory_of_training(net, Diffusion().loss, image)
+    return fixed + batch * each
 
 
 def measured(
     size: int, batch: int, precision: str, compile: bool, device: torch.device, seconds: float, rates: dict
 ) -> dict:
     """A row of the table: training and sampling of the default network for a size."""
-    cuda, bf16 = device.type == "cuda", precision == "bf16"
-    training = Training(size, batch, device, bf16, compile)
-    flops = training.flops()
+    cuda, training = device.type == "cuda", Training(size, batch, device, precision, compile)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     took = seconds_each(training.step, device, seconds)
-    fixed, each = counted(size, precision)
-    memory, kept = fixed + batch * each, sum(p.numel() for p in training.net.parameters())
+    memory = torch.cuda.max_memory_allocated() if cuda else counted(size, batch, precision)
+    flops, parameters = training.flops, sum(p.numel() for p in training.net.parameters())
     del training
     row = {
         "size": size,
-        "parameters (M)": round(kept / 1e6, 2),
+        "parameters (M)": round(parameters / 1e6, 2),
         "batch": batch,
         "precision": precision,
         "compiled": "yes" if compile else "no",
         "trains (img/s)": batch / took,
-        "memory (MB)": (torch.cuda.max_memory_allocated() if cuda else memory) / 1e6,
+        "memory (MB)": memory / 1e6,  # measured on a GPU, else counted
         "GFLOP a step": flops / 1e9,
         "of its matrix rate": flops / took / rates[precision],
         "of the fp32 rate": flops / took / rates["fp32"],
     }
-    evaluation = seconds_each(sampling(size, batch, device, bf16, compile), device, seconds / 2)
+    evaluation = seconds_each(sampling(size, batch, device, precision, compile), device, seconds / 2)
     return row | {"samples (img/s)": batch / evaluation / 50}
 
 
-def too_large(size: int, batch: int, device: torch.device) -> bool:
-    """Whether training with such a batch would not fit."""
-    fixed, each = counted(size, "fp32")
-    return fixed + batch * each > 0.8 * utils.room(device)
+def default_precision(size: int, device: torch.device) -> str:
+    return "bf16" if machine.use_bf16("auto", device, make_unet(size)) else "fp32"
 
 
-def speed(args: argparse.Namespace, device: torch.device, rates: dict) -> list[dict]:
-    """The first table: every size, batches up to the largest, both precisions, compiled or not."""
+def speed(
+    sizes: list[int],
+    seconds: float,
+    longest: float,
+    compile: bool,
+    device: torch.device,
+    rates: dict,
+    quiet: bool,
+) -> list[dict]:
+    """The last table: every size, batches up to the largest, both precisions, compiled or not."""
     rows = []
-    for size in args.sizes:
+    for size in sizes:
         batch = 1
-        while not too_large(size, batch, device):
+        while counted(size, batch, "fp32") < 0.8 * machine.free_memory(device):
             for precision in PRECISIONS:
-                rows.append(measured(size, batch, precision, False, device, args.seconds, rates))
-                show(rows[-1:], header=len(rows) == 1, quiet=args.json)
-            if batch / rows[-1]["trains (img/s)"] > args.longest:
+                rows.append(measured(size, batch, precision, False, device, seconds, rates))
+                show(rows[-1:], header=len(rows) == 1, quiet=quiet)
+            if batch / rows[-1]["trains (img/s)"] > longest:
                 break  # a step takes too long to go on
             batch *= GROWTH
-        if not args.no_compile:
-            batch = 16 if device.type == "cpu" else 64
-            precision = "bf16" if ddpm.use_bf16("auto", device, settings(size)) else "fp32"
-            rows.append(measured(size, batch, precision, True, device, args.seconds, rates))
-            show(rows[-1:], header=False, quiet=args.json)
+        if compile:
+            batch, precision = 16 if device.type == "cpu" else 64, default_precision(size, device)
+            rows.append(measured(size, batch, precision, True, device, seconds, rates))
+            show(rows[-1:], header=False, quiet=quiet)
     return rows
 
 
@@ -228,9 +267,8 @@ def yardstick(device: torch.device, rates: dict, repeats: int) -> dict:
 
     The yardstick computes in bf16 everywhere, so on a CPU that has no bf16 the ratio says little.
     """
-    bf16 = ddpm.use_bf16("auto", device, settings(64))
-    ours = Training(64, 12, device, bf16)
-    plain = Training(64, 12, device, bf16=True, net=YARDSTICK)
+    ours = Training(64, 12, device, default_precision(64, device))
+    plain = Training(64, 12, device, "bf16", network=YARDSTICK)
     took = {ours: [], plain: []}
     for repeat in range(repeats + 1):
         for training, times in took.items():
@@ -239,31 +277,29 @@ def yardstick(device: torch.device, rates: dict, repeats: int) -> dict:
             training.step()
             wait(device)
             times += [time.perf_counter() - start] if repeat else []
-    flops = {training: training.flops() for training in took}
     ratios = [a / b for a, b in zip(took[ours], took[plain], strict=True)]
     return {
         "default (ms)": 1000 * statistics.median(took[ours]),
         "yardstick (ms)": 1000 * statistics.median(took[plain]),
         "default / yardstick": statistics.median(ratios),
-        "default (GFLOP)": flops[ours] / 1e9,
-        "yardstick (GFLOP)": flops[plain] / 1e9,
-        "default, of the fp32 rate": flops[ours] / statistics.median(took[ours]) / rates["fp32"],
-        "default, of the bf16 rate": flops[ours] / statistics.median(took[ours]) / rates["bf16"],
+        "default (GFLOP)": ours.flops / 1e9,
+        "yardstick (GFLOP)": plain.flops / 1e9,
+        "default, of the fp32 rate": ours.flops / statistics.median(took[ours]) / rates["fp32"],
+        "default, of the bf16 rate": ours.flops / statistics.median(took[ours]) / rates["bf16"],
     }
 
 
 def breakdown(size: int, device: torch.device) -> dict:
     """Where the time of a step goes, in %, at the default precision and batch, on a CPU at most 16."""
-    defaults = ddpm.unet_defaults(size, simple=size == 28)
-    batch = min(defaults["batch_size"], 16) if device.type == "cpu" else defaults["batch_size"]
-    training = Training(size, batch, device, ddpm.use_bf16("auto", device, defaults))
+    batch = defaults(size)["batch_size"]
+    batch = min(batch, 16) if device.type == "cpu" else batch
+    training = Training(size, batch, device, default_precision(size, device))
     for _ in range(3):
         training.step()
     steps = [training.step(wait) for _ in range(25 if device.type != "cpu" or size <= 32 else 5)]
     means = {part: statistics.mean(step[part] for step in steps) for part in PARTS}
-    return {"size": size, "batch": batch} | {
-        f"{k} (%)": 100 * v / sum(means.values()) for k, v in means.items()
-    }
+    shares = {f"{part} (%)": 100 * mean / sum(means.values()) for part, mean in means.items()}
+    return {"size": size, "batch": batch} | shares
 
 
 def ratio(name: str, slow: Callable, fast: Callable, repeats: int, device: torch.device) -> dict:
@@ -283,11 +319,11 @@ def ratio(name: str, slow: Callable, fast: Callable, repeats: int, device: torch
 def guidance(size: int, batch: int, device: torch.device) -> tuple[Callable, Callable]:
     """One evaluation of classifier-free guidance, both halves in one batch, and one unconditional one."""
     torch.manual_seed(0)
-    net = ddpm.place(ConditionalUNet(10, 3, **settings(size)), device).eval()
-    net.keep_times(1000)
-    diffusion, x_t = ddpm.Diffusion(), torch.randn(batch, 3, size, size, device=device)
+    network = {key: defaults(size)[key] for key in YARDSTICK}
+    net = to_device(ConditionalUNet(10, 3, **network), device).eval()
+    diffusion, x_t = Diffusion(), torch.randn(batch, 3, size, size, device=device)
     t, y = torch.full((batch,), 500, device=device), torch.arange(batch, device=device) % 10
-    guided, plain = ddpm_conditional.cfg(diffusion, net, y, 3.0), diffusion.denoiser(net)
+    guided, plain = cfg(diffusion, net, y, 3.0), diffusion.denoiser(net)
 
     def run(eps_theta: Callable) -> None:
         with torch.no_grad():
@@ -306,8 +342,7 @@ def loading(folder: Path, device: torch.device) -> tuple[Callable, Callable]:
     steps = [t.Resize(64), t.CenterCrop(64), t.RandomHorizontalFlip(), t.ToTensor(), t.Normalize(0.5, 0.5)]
     images = torchvision.datasets.ImageFolder(str(folder), t.Compose(steps))
     usual = torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=2)
-    data = utils.get_data("folder", folder, cache_dir=folder / "cache")
-    ours = utils.Loader(data.images, 64, device, flip=True)
+    ours = Loader(get_data("folder", folder, cache_dir=folder / "cache").images, 64, device, flip=True)
 
     def epoch_usual() -> None:
         for x_0, _ in usual:
@@ -345,9 +380,9 @@ def scale(counts: list[int], device: torch.device, folder: str | None) -> list[d
                 )
             images.flush()
             del images
-            data = utils.get_data("folder", path)
+            data = get_data("folder", path)
             before = own_memory()
-            loader = utils.Loader(data.images, 64, device, flip=True)
+            loader = Loader(data.images, 64, device, flip=True)
             done, start = 0, time.perf_counter()
             for x_0, _ in loader.epoch(0):
                 done += len(x_0)
@@ -364,7 +399,7 @@ def scale(counts: list[int], device: torch.device, folder: str | None) -> list[d
 def own_memory() -> float:
     """What the process holds that is no file's, in bytes: pages of a mapped file may be dropped at any time.
 
-    nan where the system does not tell, as Linux does.
+    nan where the system has no /proc, which Linux has.
     """
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
@@ -405,7 +440,7 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
-    device = utils.get_device(args.device)
+    device = machine.get_device(args.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} cores"
     found: dict = {
         "device": f"{device} ({name})",
@@ -426,10 +461,11 @@ def main() -> None:
         show(found["breakdown"], quiet=args.json)
         found["alternatives"] = alternatives(device)
         show(found["alternatives"], quiet=args.json)
-        found["speed"] = speed(args, device, rates)
+        how = (args.sizes, args.seconds, args.longest, not args.no_compile)
+        found["speed"] = speed(*how, device, rates, args.json)
     if args.json:
         print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(main)

@@ -8,7 +8,7 @@ import pytest
 
 import ddpm
 import ddpm_conditional
-import utils
+from support.errors import run_main
 
 PROJECT = Path(__file__).resolve().parent.parent
 TINY = (  # a network and a run that train in a second or two
@@ -34,7 +34,7 @@ def script(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         code = 0
         try:
-            utils.run_main(module.main)
+            run_main(module.main)
         except SystemExit as end:
             code = end.code or 0
         return Result(code, *capsys.readouterr())

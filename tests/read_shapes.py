@@ -1,4 +1,4 @@
-"""Does a text-to-image model draw what it is asked for? A rule reads colour and shape out of the pixels.
+"""Does a text-to-image model draw what its captions say? A rule reads colour and shape out of the pixels.
 
 python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddpm --sample-steps 50]
 """
@@ -16,8 +16,13 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ddpm
-import utils
-from ddpm_conditional import Vocabulary, cfg
+from ddpm_conditional import cfg
+from support.errors import run_main
+from support.generators import randn_like, seeded_generator
+from support.images import to_uint8
+from support.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Shape
+from support.text import Vocabulary
+from utils import shapes
 
 SMALLEST = 0.01  # share of the picture that a region must have to be a shape
 
@@ -36,8 +41,8 @@ def described(caption):
 
 def coverage(shape, radius, centre, size):
     """The share of each pixel that the shape covers, drawn as the data set draws it; (size, size)."""
-    scene = utils.Scene((utils.Shape("red", shape, "", radius, centre),), "black", "")
-    return np.asarray(scene.draw(size))[..., 0] / utils.COLOURS["red"][0]
+    scene = Scene((Shape("red", shape, "", radius, centre),), "black", "")
+    return np.asarray(scene.draw(size))[..., 0] / COLOURS["red"][0]
 
 
 def closest_shape(covered, box, size):
@@ -47,7 +52,7 @@ def closest_shape(covered, box, size):
     middle = [(side.start + side.stop) / 2 for side in reversed(box)]  # x, y
     radius = max(side.stop - side.start for side in box) / 2
     best = {}
-    for shape in utils.SHAPES:
+    for shape in SHAPES:
         for r in np.arange(radius - 1.5, radius + 1.1, 0.5):
             for dx, dy in itertools.product((-0.5, 0, 0.5), (-0.5, 0, 0.5, 1)):
                 at = ((middle[0] + dx) / size, (middle[1] + dy) / size)
@@ -74,8 +79,8 @@ def read(picture):
         if mask.mean() < SMALLEST:
             continue
         inner = picture[mask & (away >= np.median(away[mask]))]
-        colour = min(utils.COLOURS, key=lambda name: np.abs(np.median(inner, 0) - utils.COLOURS[name]).sum())
-        contrast = utils.COLOURS[colour] - background
+        colour = min(COLOURS, key=lambda name: np.abs(np.median(inner, 0) - COLOURS[name]).sum())
+        contrast = COLOURS[colour] - background
         covered = ((picture - background) @ contrast / (contrast @ contrast)).clip(0, 1)
         covered[~ndimage.binary_dilation(mask)] = 0
         shape = closest_shape(covered, box, len(picture))
@@ -85,9 +90,9 @@ def read(picture):
 
 def agrees(caption, picture):
     """Whether a picture holds the shapes of a caption, no others, and in the places it gives them."""
-    asked, relation, *_ = described(caption)
+    expected, relation, *_ = described(caption)
     found = read(picture)
-    if sorted((colour, shape) for _, colour, shape in asked) != sorted(region[:2] for region in found):
+    if sorted((colour, shape) for _, colour, shape in expected) != sorted(region[:2] for region in found):
         return False
     if relation in (None, "and"):
         return True
@@ -95,14 +100,11 @@ def agrees(caption, picture):
     (x, y), (x_2, y_2) = next(
         [centre for *_, centre in order]
         for order in orders
-        if [region[:2] for region in order] == [shape[1:] for shape in asked]
+        if [region[:2] for region in order] == [shape[1:] for shape in expected]
     )
-    if asked[0][1:] == asked[1][1:]:  # two alike: either may be the first
-        return (
-            abs(x - x_2) > abs(y - y_2)
-            if relation in ("left of", "right of")
-            else abs(y - y_2) > abs(x - x_2)
-        )
+    if expected[0][1:] == expected[1][1:]:  # two alike: either may be the first
+        beside = relation in ("left of", "right of")
+        return abs(x - x_2) > abs(y - y_2) if beside else abs(y - y_2) > abs(x - x_2)
     return {"left of": x < x_2, "right of": x > x_2, "above": y < y_2, "below": y > y_2}[relation]
 
 
@@ -119,29 +121,26 @@ def main():
     args = parser.parse_args()
     net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
     vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
-    seen = [(c, s) for c in utils.COLOURS for s in utils.SHAPES if (c, s) not in utils.HELD_OUT]
+    seen = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
     prompts = {
         "one shape, seen pairs": [prompt(*pair) for pair in seen] * 4,
-        "one shape, held-out pairs": [prompt(*pair) for pair in sorted(utils.HELD_OUT)] * 20,
+        "one shape, held-out pairs": [prompt(*pair) for pair in sorted(HELD_OUT)] * 20,
         "two shapes, seen pairs": [
-            caption for caption in utils.shapes(None, "train", 1000).captions if described(caption)[1]
+            caption for caption in shapes(None, "train", 1000).captions if described(caption)[1]
         ][:100],
     }
     for name, captions in prompts.items():
         right = 0
         for i in range(0, len(captions), 50):
             batch = captions[i : i + 50]
-            g = [utils.seeded_generator(0, i + k) for k in range(len(batch))]
-            x_T = ddpm.randn_like(torch.empty(len(batch), 3, size, size), g)
+            g = [seeded_generator(0, i + k) for k in range(len(batch))]
+            x_T = randn_like(torch.empty(len(batch), 3, size, size), g)
             eps_theta = cfg(diffusion, net, vocabulary.encode(batch), args.guidance_scale)
-            clipped = ddpm.clip_x_0(diffusion, eps_theta)
-            x_0 = ddpm.SAMPLERS[args.sampler](
-                diffusion, clipped, x_T, diffusion.timesteps(args.sample_steps), g
-            )
-            x_0 = utils.to_uint8(x_0)
-            right += sum(agrees(caption, picture) for caption, picture in zip(batch, x_0, strict=True))
+            clipped, timesteps = ddpm.clip_x_0(diffusion, eps_theta), diffusion.timesteps(args.sample_steps)
+            x_0 = ddpm.SAMPLERS[args.sampler](diffusion, clipped, x_T, timesteps, g)
+            right += sum(map(agrees, batch, to_uint8(x_0)))
         print(f"{name}: {right} of {len(captions)}", flush=True)
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(main)

@@ -1,6 +1,6 @@
-"""Record what the reference network says, for test_published.py: `python tests/record_published.py`.
+"""Record outputs of the reference network for test_published.py: `python tests/record_published.py`.
 
-It needs the reference implementation (pip install diffusers), which the project and its tests do without.
+It needs the reference implementation (pip install diffusers); the project and its tests do not.
 For each configuration: the names and shapes of the published form's weights, and the output for seeded
 weights and a seeded input, at three times.
 """
@@ -16,15 +16,10 @@ SIZE = 32  # of the recorded input, also where the network was made for 256x256
 TIMES = (1, 500, 1000)  # the paper's t
 
 COMMON = {
-    **{
-        "_class_name": "UNet2DModel",
-        "act_fn": "silu",
-        "attention_head_dim": None,
-        "center_input_sample": False,
-    },
+    **{"_class_name": "UNet2DModel", "act_fn": "silu", "attention_head_dim": None},
+    **{"center_input_sample": False, "out_channels": 3, "time_embedding_type": "positional"},
     **{"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "in_channels": 3},
     **{"layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-6, "norm_num_groups": 32},
-    **{"out_channels": 3, "time_embedding_type": "positional"},
 }
 CONFIGS = {  # as google/ddpm-cifar10-32 and google/ddpm-celebahq-256 publish them
     "cifar10_32": {
@@ -45,7 +40,7 @@ CONFIGS = {  # as google/ddpm-cifar10-32 and google/ddpm-celebahq-256 publish th
 
 
 def seeded_weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
-    """A float32 array for each name, drawn in the order of the names: about the scale of trained ones."""
+    """A float32 array for each name, drawn in the order of the names, on the scale of trained weights."""
     draw = np.random.default_rng(0)
     weights = {}
     for name in sorted(shapes):

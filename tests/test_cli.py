@@ -14,7 +14,13 @@ from conftest import PROJECT, TINY, error_line, run_in
 from PIL import Image
 
 import ddpm
-import utils
+import ddpm_conditional
+from modules import UNet
+from support.defaults import default_network
+from support.files import new_path
+from support.images import image_files, to_uint8
+from support.pictures import make_grid
+from support.settings import flag, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +39,22 @@ def pixels(path):
 @pytest.mark.parametrize(
     "flags",
     [
-        *(
-            "--sampler ddim",
-            "--sampler ddim --eta 1",
-            "--sampler ddpm",
-            "--sampler ddpm --variance beta --no-clip",
-        ),
-        *("--sampler pndm", "--sampler pndm --runge-kutta", "--sampler dpm_solver"),
+        "--sampler ddim",
+        "--sampler ddim --eta 1",
+        "--sampler ddpm",
+        "--sampler ddpm --variance beta --no-clip",
+        "--sampler pndm",
+        "--sampler pndm --runge-kutta",
+        "--sampler dpm_solver",
     ],
 )
 def test_every_sampler_writes_a_grid_and_images(cli, trained, flags, tmp_path):
-    result = cli(
-        "--sample", 5, "--checkpoint", trained, *flags.split(), "--sample-steps", 4, "--out", "single"
-    )
+    of, how = ("--sample", 5, "--checkpoint", trained), ("--sample-steps", 4, "--out", "single")
+    result = cli(*of, *flags.split(), *how)
     assert result.code == 0, result.err
     grid = re.search(r"grid +(\S+)", result.out)[1]
     assert Image.open(grid).width > 5 * 8 and "single" in result.out
-    single = utils.image_files(tmp_path / "single")
+    single = image_files(tmp_path / "single")
     assert [p.name for p in single] == [f"{i:05d}.png" for i in range(5)]
     assert all(pixels(p).shape == (8, 8) and pixels(p).dtype == np.uint8 for p in single)
 
@@ -60,11 +65,9 @@ def test_images_depend_on_seed_and_number_alone(cli, trained, tmp_path):
     cli("--sample", 6, *flags, "--out", "b", "--batch-size", 4)
     cli("--sample", 2, *flags, "--out", "c")
     cli("--sample", 6, *flags, "--out", "d", "--seed", 1)
-    a, b, c, d = ([pixels(p) for p in utils.image_files(tmp_path / name)] for name in "abcd")
-    assert (
-        np.abs(np.subtract(a, b, dtype=int)).max() <= 1
-        and np.abs(np.subtract(a[:2], c, dtype=int)).max() <= 1
-    )
+    a, b, c, d = ([pixels(p) for p in image_files(tmp_path / name)] for name in "abcd")
+    assert np.abs(np.subtract(a, b, dtype=int)).max() <= 1
+    assert np.abs(np.subtract(a[:2], c, dtype=int)).max() <= 1
     assert not np.array_equal(a, d) and not np.array_equal(a[0], a[1])
 
 
@@ -107,18 +110,54 @@ def test_out_of_an_earlier_sample_is_not_mixed_or_lost(cli, trained):
     assert np.array_equal(pixels("x/00000.png"), before)
 
 
+def heun(diffusion, eps_theta, x, timesteps, generator=None):
+    """A sampler that a student may add: Heun's method, of two evaluations a stride, but for the last one."""
+    with torch.no_grad():
+        for t, s, ab_t, ab_s in diffusion.strides(x, timesteps):
+            eps = eps_theta(x, t)
+            end = ddpm.ddim_stride(x, eps, ab_t, ab_s)
+            x = ddpm.ddim_stride(x, (eps + eps_theta(end, s)) / 2, ab_t, ab_s) if ab_s < 1 else end
+    return x
+
+
+def test_a_sampler_of_two_evaluations_a_stride_is_one_more_entry(script, monkeypatch):
+    monkeypatch.setitem(ddpm.SAMPLERS, "heun", heun)
+    for module, run in ((ddpm, "runs/ddpm_digits"), (ddpm_conditional, "runs/ddpm_conditional_digits")):
+        result = script(module, *TINY, "--epochs", 1, "--sampler", "heun", "--sample-steps", 5)
+        assert result.code == 0 and os.path.exists(f"{run}/samples/epoch_0001.png"), result.err
+        result = script(module, "--sample", 2, "--checkpoint", run, "--sample-steps", 6, "--animate")
+        assert "heun_6_seed0.png" in result.out, result.err  # the sampler of the run's previews
+        assert Image.open(re.search(r"gif +(\S+)", result.out)[1]).n_frames == 7
+        for sampler in ("heun", "ddim"):
+            how = ("--sampler", sampler, "--sample-steps", 6, "--out", f"{run}/{sampler}")
+            assert script(module, "--sample", 2, "--checkpoint", run, *how).code == 0
+        assert not np.array_equal(pixels(f"{run}/heun/00001.png"), pixels(f"{run}/ddim/00001.png"))
+
+
+def test_a_schedule_that_keeps_signal_is_a_note(script, monkeypatch):
+    """In training and in sampling: sampling starts from noise alone, which such a network never saw."""
+    monkeypatch.setitem(ddpm.SCHEDULES, "weak", lambda T: torch.full((T,), 1 / T, dtype=torch.float64))
+    for module, run in ((ddpm, "runs/ddpm_digits"), (ddpm_conditional, "runs/ddpm_conditional_digits")):
+        trained = script(module, *TINY, "--epochs", 1, "--schedule", "weak")
+        sampled = script(module, "--sample", 2, "--checkpoint", run)
+        for result in (trained, sampled):
+            assert result.code == 0 and "grid" in sampled.out, result.err
+            assert result.err.count("note: schedule weak leaves 59.9% of the signal at t = T") == 1
+        assert "leaves" not in script(module, *TINY, "--epochs", 1).err
+
+
 def test_grid_places_images_in_order():
     x = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).repeat(1, 1, 64, 64)
-    grid = utils.make_grid(x, columns=3).convert("L")
+    grid = make_grid(x, columns=3).convert("L")
     seen = [grid.getpixel((2 + 66 * (i % 3) + 30, 2 + 66 * (i // 3) + 30)) for i in range(6)]
     assert seen == [round(255 * i / 5) for i in range(6)]
-    captioned = utils.make_grid(x, caption="a caption that is long enough to need several lines", columns=1)
-    assert captioned.height > utils.make_grid(x, columns=1).height and captioned.width == 68
+    captioned = make_grid(x, caption="a caption that is long enough to need several lines", columns=1)
+    assert captioned.height > make_grid(x, columns=1).height and captioned.width == 68
 
 
 def test_pixels_are_rounded_not_truncated():
     x = torch.tensor([-1.0, -1 + 2 * 0.6 / 255, 0.999, 3.0, -7.0]).view(5, 1, 1, 1)
-    assert utils.to_uint8(x).flatten().tolist() == [0, 1, 255, 255, 0]
+    assert to_uint8(x).flatten().tolist() == [0, 1, 255, 255, 0]
 
 
 # data and devices
@@ -145,8 +184,8 @@ def test_paths_can_be_pasted(cli):
 
 def test_new_path(tmp_path):
     for _ in range(3):
-        utils.new_path(tmp_path / "v1.5").mkdir()
-        utils.new_path(tmp_path / "a.png", ".png").touch()
+        new_path(tmp_path / "v1.5").mkdir()
+        new_path(tmp_path / "a.png", ".png").touch()
     names = ["a.png", "a_2.png", "a_3.png", "v1.5", "v1.5_2", "v1.5_3"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
@@ -159,10 +198,8 @@ def test_batch_larger_than_the_data_is_a_note(cli):
 
 @pytest.mark.parametrize("weighting", ddpm.WEIGHTINGS)
 def test_every_weighting_trains(cli, weighting):
-    assert (
-        cli(*TINY, "--epochs", 1, "--weighting", weighting, "--prediction", "v", "--schedule", "cosine").code
-        == 0
-    )
+    how = ("--epochs", 1, "--prediction", "v", "--schedule", "cosine")
+    assert cli(*TINY, *how, "--weighting", weighting).code == 0
 
 
 def test_real_cars_and_mnist(cli, data_root):
@@ -172,11 +209,11 @@ def test_real_cars_and_mnist(cli, data_root):
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 28, 32, 48, 64, 96, 128, 256])
-@pytest.mark.parametrize("simple", [False, True])
-def test_default_networks_fit_their_sizes(image_size, simple):
-    defaults = ddpm.unet_defaults(image_size, simple)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_default_networks_fit_their_sizes(image_size, narrow):
+    defaults = default_network(image_size, narrow)
     with torch.device("meta"):
-        net = ddpm.UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")})
+        net = UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")})
     assert image_size % net.divisor == 0 and 0 not in defaults["attention"]
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     if image_size <= 16:
@@ -185,20 +222,27 @@ def test_default_networks_fit_their_sizes(image_size, simple):
         assert 15 < parameters < 25
 
 
-def test_help_names_every_flag_with_its_default(cli):
-    result = cli("--help")
+@pytest.mark.parametrize("module", [ddpm, ddpm_conditional])
+def test_help_names_every_flag_with_its_default(script, module):
+    result = script(module, "--help")
     assert result.code == 0 and "Traceback" not in result.err
-    text = " ".join(result.out.split())
-    for action in ddpm.make_parser()._actions:
-        assert action.help and action.option_strings[-1] in text
-    assert "--noise-steps T number of noise levels (default: 1000)" in text
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=--)", result.out)]
+    entry_of = {entry.split()[0].rstrip(","): entry for entry in entries}
+    for group in module.GROUPS.values():
+        for name, row in rows_of(group).items():
+            default, entry = row["default"], entry_of.pop(flag(name))
+            assert len(entry.split()) > 2, entry
+            if default not in (None, False):
+                shown = ",".join(map(str, default)) if isinstance(default, list) else default
+                assert f"(default: {shown}" in entry, entry
+    assert "--noise-steps T number of noise levels (default: 1000)" in entries
 
 
 # errors
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ("--dataset cifar11", "invalid choice: 'cifar11' (choose from"),
         ("--dataset folder --data-root nowhere", "folder nowhere does not exist"),
@@ -224,24 +268,24 @@ def test_help_names_every_flag_with_its_default(cli):
         ("--runs file/runs", "file"),
     ],
 )
-def test_errors_are_one_line(cli, tmp_path, flags, told):
+def test_errors_are_one_line(cli, tmp_path, flags, message):
     (tmp_path / "file").write_text("in the way")
-    assert told in error_line(cli(*flags.split()))
+    assert message in error_line(cli(*flags.split()))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_asked_for_and_absent(cli, device):
+def test_cuda_that_is_not_there(cli, device):
     assert f"device '{device}' is not available" in error_line(cli("--device", device))
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is an MPS device here")
-def test_mps_asked_for_and_absent(cli):
+def test_mps_that_is_not_there(cli):
     assert "device 'mps' is not available" in error_line(cli("--device", "mps"))
 
 
-def test_no_cars_is_told_with_what_to_do(cli):
+def test_no_cars_is_an_error_that_says_what_to_do(cli):
     result = cli("--dataset", "stanfordcars", "--data-root", ".")
     assert "no Stanford Cars" in error_line(result) and "kaggle datasets download" in result.err
 
@@ -270,7 +314,7 @@ def write_bad_checkpoints(trained):
 
 
 @pytest.mark.parametrize(
-    "name, told",
+    "name, message",
     [
         ("truncated.pt", "damaged"),
         ("empty.pt", "damaged"),
@@ -286,11 +330,11 @@ def write_bad_checkpoints(trained):
         ("incomplete.pt", "incomplete: it lacks net, ema"),
     ],
 )
-def test_bad_checkpoints(cli, trained, tmp_path, name, told):
+def test_bad_checkpoints(cli, trained, tmp_path, name, message):
     write_bad_checkpoints(trained)
-    assert told in error_line(cli("--sample", 1, "--checkpoint", name, "--sample-steps", 2))
-    if "does not hold" not in told and name != "renamed.pt":
-        assert told in error_line(cli("--resume", name))
+    assert message in error_line(cli("--sample", 1, "--checkpoint", name, "--sample-steps", 2))
+    if "does not hold" not in message and name != "renamed.pt":
+        assert message in error_line(cli("--resume", name))
     assert "Warning" not in cli("--sample", 1, "--checkpoint", name).err
     assert not (tmp_path / "exploited").exists()
 
@@ -321,6 +365,12 @@ def test_sampling_takes_its_settings_from_the_checkpoint(cli, trained):
     assert "20 noise steps" in error_line(cli("--sample", 1, "--checkpoint", trained, "--sample-steps", 21))
 
 
+def test_a_conditional_run_is_sampled_by_the_other_script(cli, conditional):
+    conditional(*TINY, "--epochs", 1)
+    line = error_line(cli("--sample", 1, "--checkpoint", "runs/ddpm_conditional_digits"))
+    assert "of kind 'ddpm_conditional'" in line and "ddpm_conditional.py samples it" in line
+
+
 @pytest.mark.parametrize("call", ["write", "replace"])
 def test_full_disk_leaves_the_previous_checkpoint(cli, call):
     """Room for the checkpoints of step 0 and of the first epoch, none for that of the second."""
@@ -347,27 +397,31 @@ def test_full_disk_for_another_file_names_it(cli, monkeypatch):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.Image.Image, "save", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     line = error_line(cli(*TINY))
     assert "No space left on device: runs/ddpm_digits/samples/epoch_0001.png" in line
     assert torch.load("runs/ddpm_digits/ckpt.pt", weights_only=True)["step"] == 3
 
 
-def test_out_of_memory_is_told(cli, monkeypatch):
+def test_out_of_memory_names_the_flags_that_help(cli, monkeypatch):
     def fail(*args, **options):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ddpm, "train", fail)
-    assert "lower --batch-size" in error_line(cli(*TINY))
+    line = error_line(cli(*TINY))
+    assert all(name in line for name in ("lower --batch-size", "--accumulate", "--checkpointing"))
 
 
 def test_as_a_process_without_matplotlib_and_scipy(tmp_path):
     """The five run-time packages are enough, and errors leave a process with status 2."""
-    hide = "import sys; sys.modules.update(matplotlib=None, scipy=None)"
-    code = f"{hide}; import utils, ddpm; sys.argv[0] = 'ddpm.py'; utils.run_main(ddpm.main)"
-    command = [sys.executable, "-c", code]
-    env = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    run = subprocess.run([*command, *TINY], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    run = subprocess.run([*command, "--dataset", "x"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
+    hide = "import sys; sys.modules.update(matplotlib=None, scipy=None, safetensors=None)"
+    run = f"runpy.run_path('{PROJECT}/ddpm.py', run_name='__main__')"
+    code = f"{hide}; import runpy; sys.argv[0] = 'ddpm.py'; {run}"
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(PROJECT)}, "text": True}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, *flags], stderr=subprocess.PIPE, **options)
+        for flags in (TINY, ["--dataset", "x"])
+    ]
+    (_, good), (_, bad) = (run.communicate(timeout=120) for run in runs)
+    assert runs[0].returncode == 0, good
+    assert runs[1].returncode == 2 and len(bad.splitlines()) == 1, bad

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,15 @@ import ddpm
 import ddpm_conditional
 import utils
 from ddpm import Diffusion
-from ddpm_conditional import Vocabulary, cfg, condition_grid, conditional_loss, find_label
-from modules import END, PAD, ConditionalUNet, TextUNet, UNet
-from utils import UserError
+from ddpm_conditional import cfg, conditional_loss
+from modules import EMA, ConditionalUNet, TextUNet, UNet
+from support import launch, samples
+from support.errors import UserError
+from support.images import image_files
+from support.loader import Loader
+from support.samples import condition_grid
+from support.settings import flag, rows_of
+from support.text import END, PAD, Vocabulary, find_label
 
 SHAPES = [*TINY, "--dataset", "shapes"]
 STEPS = TINY.index("--sample-steps")
@@ -60,7 +67,7 @@ def test_a_caption_is_its_words_then_end_then_padding():
     assert tokens[0].tolist() == [number["a"], number["red"], number["circle"], END, PAD, PAD]
     assert tokens[1].tolist() == [END] + [PAD] * 5
     assert tokens[2].tolist() == [number["white"]] * 2 + [END] + [PAD] * 3
-    assert tokens.max() < len(vocabulary)
+    assert tokens.max() < 2 + len(vocabulary.words)
 
 
 def test_unknown_words_and_long_captions_are_told():
@@ -107,10 +114,9 @@ def test_conditions_are_dropped_per_sample(y):
     def null(y):
         return torch.full_like(y, 10) if y.ndim == 1 else torch.tensor([END, PAD, PAD, PAD]).expand_as(y)
 
-    net.null = null
     g = torch.Generator().manual_seed(0)
     for p_uncond in (0.0, 0.1, 1.0):
-        conditional_loss(Diffusion(), p_uncond)(net, torch.zeros(1000, 1, 2, 2), y, g)
+        conditional_loss(Diffusion(), null, p_uncond, net, torch.zeros(1000, 1, 2, 2), y, g)
         rows = seen[-1].reshape(1000, -1)
         dropped = (rows == null(y).reshape(1000, -1)).all(1)
         assert torch.equal(rows[~dropped], y.reshape(1000, -1)[~dropped])
@@ -152,13 +158,13 @@ def test_classifier_is_measured_on_images_it_never_saw(conditional, monkeypatch)
         kept_back["images"] = x_0
         return measure(diffusion, net, x_0, *more)
 
-    class SpyLoader(utils.Loader):
+    class SpyLoader(Loader):
         def __init__(self, images, *more):
             kept_back["trained"] = images.float() / 127.5 - 1
             super().__init__(images, *more)
 
     monkeypatch.setattr(ddpm_conditional, "measure_accuracy", spy_on_measure)
-    monkeypatch.setattr(ddpm, "Loader", SpyLoader)
+    monkeypatch.setattr(launch, "Loader", SpyLoader)
     assert conditional(*CLASSIFIER).code == 0
     trained, held_out = (kept_back[name].flatten(1) for name in ("trained", "images"))
     assert (len(trained), len(held_out)) == (43, 5)
@@ -172,7 +178,7 @@ def test_classifier_learns(conditional):
     for i in range(60):
         kind = i % 2
         picture = rng.integers(0, 60, (8, 8)) + 180 * kind
-        path = utils.Path(folder, f"kind {kind}", f"{i}.png")
+        path = Path(folder, f"kind {kind}", f"{i}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.astype(np.uint8)).save(path)
     data = ["--dataset", "folder", "--data-root", folder, "--channels", 1, "--limit", 60]
@@ -214,7 +220,7 @@ def test_init_serves_captions_too(conditional, runs):
 @pytest.mark.parametrize("flags", [TINY, CLASSIFIER, SHAPES])
 def test_interrupted_and_resumed_is_the_same_bit_for_bit(conditional, monkeypatch, flags):
     assert conditional(*flags, "--name", "whole").code == 0
-    real, calls = ddpm.EMA.update, []
+    real, calls = EMA.update, []
 
     def interrupted(self, net, step):
         calls.append(step)
@@ -223,7 +229,7 @@ def test_interrupted_and_resumed_is_the_same_bit_for_bit(conditional, monkeypatc
         real(self, net, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ddpm.EMA, "update", interrupted)
+        patch.setattr(EMA, "update", interrupted)
         assert conditional(*flags, "--name", "parts").code == 130
     assert conditional("--resume", "runs/parts").code == 0
     whole, parts = (torch.load(f"runs/{name}/ckpt.pt", weights_only=True) for name in ("whole", "parts"))
@@ -231,13 +237,13 @@ def test_interrupted_and_resumed_is_the_same_bit_for_bit(conditional, monkeypatc
 
 
 def test_resume_with_other_captions_is_told(conditional):
-    utils.Path("pictures").mkdir()
+    Path("pictures").mkdir()
     for i in range(4):
         Image.new("L", (8, 8), 60 * i).save(f"pictures/{i}.png")
 
     def caption(words):
         lines = [json.dumps({"file_name": f"{i}.png", "text": word}) for i, word in enumerate(words)]
-        utils.Path("pictures/metadata.jsonl").write_text("\n".join(lines))
+        Path("pictures/metadata.jsonl").write_text("\n".join(lines))
 
     data = ["--dataset", "folder", "--data-root", "pictures"]
     caption(["a", "b", "c", "d"])
@@ -288,7 +294,7 @@ def test_every_sampler_with_every_guidance(conditional, runs, sampler, guidance)
     assert Image.open(grid_of(result)).height > 3 * 64
     lines = [json.loads(line) for line in open("o/metadata.jsonl")]
     assert [line["text"] for line in lines] == ["0", "3", "7"] * 2
-    assert [p.name for p in utils.image_files(utils.Path("o"))] == [line["file_name"] for line in lines]
+    assert [p.name for p in image_files(Path("o"))] == [line["file_name"] for line in lines]
 
 
 def test_classifier_guidance_of_an_unconditional_run(conditional, runs):
@@ -324,7 +330,7 @@ def test_what_is_drawn_depends_on_the_condition_seed_and_number_alone(conditiona
     }
     for out, flags in asked.items():
         assert conditional(*run, *flags, "--out", out).code == 0
-    of = {out: np.stack([pixels(p) for p in utils.image_files(utils.Path(out))]).astype(int) for out in asked}
+    of = {out: np.stack([pixels(p) for p in image_files(Path(out))]).astype(int) for out in asked}
     assert np.abs(of["a"] - of["b"]).max() <= 1
     assert (
         np.abs(of["a"] - of["c"])[::2].max() <= 1
@@ -345,7 +351,7 @@ def test_scales_are_columns_from_the_same_noise(conditional, runs):
     ]
     one = Image.open(grid_of(conditional(*run)))
     three = Image.open(grid_of(conditional(*run, "--guidance-scale", "1,3,7", "--out", "o")))
-    assert three.width > 2 * one.width and len(utils.image_files(utils.Path("o"))) == 6
+    assert three.width > 2 * one.width and len(image_files(Path("o"))) == 6
     grid_of(conditional(*run, "--guidance-scale", 3, "--out", "p"))
     for i in range(2):
         assert np.array_equal(pixels(f"o/0000{i}_scale3.png"), pixels(f"p/0000{i}.png"))
@@ -356,7 +362,7 @@ def test_batches_are_grids_of_their_own(conditional, runs):
     result = conditional("--sample", 2, "--batches", 3, *run, "--out", "o", "--animate")
     grids = re.findall(r"grid +(\S+)", result.out)
     assert len(set(grids)) == 3 and len(re.findall(r"gif +(\S+)", result.out)) == 3
-    files = utils.image_files(utils.Path("o"))
+    files = image_files(Path("o"))
     assert [p.name for p in files] == [f"{i:05d}.png" for i in range(6)]
     assert not np.array_equal(pixels(files[0]), pixels(files[2]))
 
@@ -366,7 +372,7 @@ def test_a_grid_of_conditions_and_scales():
     x = [torch.full((5, 1, 64, 64), -1.0), torch.full((5, 1, 64, 64), 0.0)]
     for of_scale in x:
         of_scale[1::2] += 0.5  # the second condition
-    grid = np.asarray(condition_grid(x, ["first", "second"], "", [1, 3]).convert("L"))
+    grid = np.asarray(condition_grid(x, ["first", "second"], "", ["scale 1", "scale 3"]).convert("L"))
 
     def block(value):
         """Top, left, and number of pixels, of all that has the value of one condition at one scale."""
@@ -450,6 +456,7 @@ def test_cfg_of_a_network_equals_two_passes(condition):
         ("--dataset shapes --limit 4 --task classifier", "data set shapes has no labels to classify by"),
         ("--task classifier --limit 1", "a classifier takes two images or more"),
         ("--task classifier --p-uncond 0.2", "--p-uncond belongs to --task diffusion"),
+        ("--task classifier --prediction eps", "--prediction belongs to --task diffusion"),
         ("--task classifier --guidance-scale 2", "--guidance-scale belongs to --task diffusion"),
         ("--guidance-scale 1,3", "previews are drawn with one --guidance-scale"),
         ("--guidance-scale 1,x", "expected a number of at least 0"),
@@ -522,7 +529,7 @@ def test_a_classifier_that_does_not_fit_the_model_is_told(conditional, runs, tmp
         line = error_line(
             conditional("--sample", 2, "--checkpoint", runs / "ddpm_conditional_digits", *flags)
         )
-        assert f"was trained with {utils.flag(setting)} {value}, the model with" in line
+        assert f"was trained with {flag(setting)} {value}, the model with" in line
     torch.save({**state, "class_names": [f"{k}'" for k in range(10)]}, "other.pt")
     line = error_line(conditional("--sample", 2, "--checkpoint", runs / "ddpm_conditional_digits", *flags))
     assert "knows other classes" in line
@@ -539,7 +546,7 @@ def test_data_without_labels_or_captions(conditional, tmp_path):
 
 def test_flags_that_mean_nothing_to_a_classifier_are_told_on_resume_too(conditional, runs):
     run = runs / "classifier_digits"
-    assert "--sampler means nothing to a classifier" in error_line(
+    assert "--sampler belongs to --task diffusion" in error_line(
         conditional("--resume", run, "--epochs", 3, "--sampler", "pndm")
     )
 
@@ -554,20 +561,20 @@ def caption_used(conditional, *flags):
     """The caption of the grid that sampling writes."""
     captions = []
     with pytest.MonkeyPatch.context() as patch:
-        real = utils.make_grid
+        real = samples.make_grid
         patch.setattr(
-            utils, "make_grid", lambda x, caption, *more: captions.append(caption) or real(x, caption)
+            samples, "make_grid", lambda x, caption, *more: captions.append(caption) or real(x, caption)
         )
         grid_of(conditional("--sample", 2, "--sample-steps", 2, *flags))
     return captions[0]
 
 
 def test_more_images_than_a_grid_shows_is_a_note(conditional, runs, monkeypatch):
-    monkeypatch.setattr(ddpm, "GRID_LIMIT", 6)
+    monkeypatch.setattr(samples, "GRID_LIMIT", 6)
     run = ["--sample", 4, "--checkpoint", runs / "ddpm_conditional_digits", "--sample-steps", 2]
     result = conditional(*run, "--guidance-scale", "1,2", "--out", "o")
     assert "a grid shows the first 3 images of each scale" in result.err
-    assert len(utils.image_files(utils.Path("o"))) == 8
+    assert len(image_files(Path("o"))) == 8
 
 
 def test_init_that_contradicts_is_told(conditional, runs):
@@ -586,5 +593,6 @@ def test_out_with_captions_of_another_set_is_not_overwritten(conditional, runs, 
 
 def test_help_names_every_flag(conditional):
     text = " ".join(conditional("--help").out.split())
-    for action in ddpm_conditional.make_parser()._actions:
-        assert action.help and action.option_strings[-1] in text
+    for group in ddpm_conditional.GROUPS.values():
+        for name, row in rows_of(group).items():
+            assert row["help"] and f"{flag(name)} " in text

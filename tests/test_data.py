@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 
 import utils
-from utils import Loader, UserError, get_data, read_image
+from support import cars, images
+from support.errors import UserError
+from support.images import read_image
+from support.loader import Loader
+from utils import get_data
 
 RED, BLUE = (220, 30, 40), (20, 40, 230)
 
@@ -58,7 +62,7 @@ def test_mnist(data_root, get):
     assert get("mnist", data_root, split="test", limit=10).images.shape == (10, 1, 28, 28)
 
 
-def test_download_that_fails_is_told(get, monkeypatch):
+def test_failed_download_is_a_user_error(get, monkeypatch):
     def refuse(*args, **options):
         raise RuntimeError("Error downloading:\nno route to host")
 
@@ -175,12 +179,11 @@ def test_cars_by_classes_without_names_use_the_annotations(get, tmp_path):
     kaggle_by_classes(tmp_path)
     (tmp_path / "names.csv").unlink()
     data = get("stanfordcars", tmp_path)
-    assert (
-        sorted(data.labels.tolist()) == [0, 2, 3] and data.class_names[2] == "Ram C-V Cargo Van Minivan 2012"
-    )
+    assert sorted(data.labels.tolist()) == [0, 2, 3]
+    assert data.class_names[2] == "Ram C-V Cargo Van Minivan 2012"
 
 
-def test_cars_of_an_unknown_class_are_told(get, tmp_path):
+def test_cars_of_an_unknown_class_are_an_error(get, tmp_path):
     kaggle_by_classes(tmp_path)
     save_image(tmp_path / "car_data/car_data/train/Trabant/00009.jpg")
     with pytest.raises(UserError, match="Trabant"):
@@ -264,18 +267,13 @@ def test_folder_with_splits(get, tmp_path):
 def test_captions(get, tmp_path):
     save_image(tmp_path / "in/png/a.png")
     save_image(tmp_path / "in/png/b.png")
-    lines = [
-        {"file_name": "png/b.png", "text": "bee"},
-        {"file_name": "png/a.png", "text": "ay"},
-        {"file_name": "gone", "text": "!"},
-    ]
-    text = "\n".join(map(json.dumps, lines)) + "\n\n"
+    captions = {"png/b.png": "bee", "png/a.png": "ay", "gone": "!"}
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    text = "\n".join(lines) + "\n\n"
     (tmp_path / "in/metadata.jsonl").write_text(text, encoding="utf-8-sig")  # as Windows' editors write it
     data = get("folder", tmp_path / "in")
     assert data.captions == ["bee", "ay"] and not data.flip and data.skipped == [str(tmp_path / "in/gone")]
-    (tmp_path / "in/metadata.jsonl").write_text(
-        '{"file_name": "png/a.png", "text": "ay"}\n{"file_name": 3}\n'
-    )
+    (tmp_path / "in/metadata.jsonl").write_text(f'{lines[1]}\n{{"file_name": 3}}\n')
     with pytest.raises(UserError, match="line 2"):
         get("folder", tmp_path / "in")
 
@@ -395,8 +393,7 @@ def test_cache_is_used_and_never_stale(get, tmp_path, monkeypatch):
         save_image(tmp_path / f"in/{i}.png", RED)
     first = get("folder", tmp_path / "in", image_size=8)
     decoded = []
-    real = utils.read_image
-    monkeypatch.setattr(utils, "read_image", lambda *a: decoded.append(a[0]) or real(*a))
+    monkeypatch.setattr(images, "read_image", lambda *a: decoded.append(a[0]) or read_image(*a))
     assert torch.equal(get("folder", tmp_path / "in", image_size=8).images, first.images) and not decoded
 
     before = os.stat(tmp_path / "in/1.png")
@@ -470,11 +467,11 @@ def test_flips():
 
 
 def test_car_captions(get, tmp_path):
-    assert utils.car_caption("Audi TT RS Coupe 2012") == "a photo of a 2012 Audi TT RS Coupe"
-    assert utils.car_caption("smart fortwo") == "a photo of a smart fortwo"
+    assert cars.caption("Audi TT RS Coupe 2012") == "a photo of a 2012 Audi TT RS Coupe"
+    assert cars.caption("smart fortwo") == "a photo of a smart fortwo"
     kaggle_by_classes(tmp_path)
     data = get("stanfordcars", tmp_path)
-    assert data.captions == [utils.car_caption(NAMES[k]) for k in data.labels]
+    assert data.captions == [cars.caption(NAMES[k]) for k in data.labels]
     assert not any(caption.endswith("2012") for caption in data.captions)
 
 

@@ -8,7 +8,8 @@ from conftest import error_line
 from PIL import Image
 
 import ddpm
-import utils
+from support.generators import seeded_generator
+from support.loader import hold_out
 
 FLAGS = (
     "--task denoiser --limit 48 --batch-size 16 --width 8 --multipliers 1 2 --blocks 1 --attention 1 "
@@ -31,33 +32,32 @@ def test_sigma_counts_in_units_of_images_in_0_to_1(sigma):
         seen.append(t)
         return z
 
-    loss = ddpm.denoiser_loss(sigma)(identity, x_0, generator=utils.seeded_generator(0))
+    loss = ddpm.denoiser_loss(sigma, identity, x_0, generator=seeded_generator(0))
     assert loss.item() == pytest.approx(4 * sigma**2, rel=0.03)
     assert seen[0].shape == (64,) and (seen[0] == seen[0][0]).all()  # it is told no noise level
-    again = ddpm.denoiser_loss(sigma)(identity, x_0, generator=utils.seeded_generator(0))
+    again = ddpm.denoiser_loss(sigma, identity, x_0, generator=seeded_generator(0))
     assert again == loss
 
 
 def test_a_denoiser_that_knows_the_image_has_no_loss():
     x_0 = torch.rand(4, 3, 8, 8)
-    assert ddpm.denoiser_loss(0.5)(lambda z, t: x_0, x_0) == 0
+    assert ddpm.denoiser_loss(0.5, lambda z, t: x_0, x_0) == 0
 
 
 def test_it_is_shown_after_every_epoch_at_every_sigma_on_images_kept_back(cli, tmp_path, monkeypatch):
     trained_on = []
     original = ddpm.train
 
-    def spy(net, loss, loader, *args, **kwargs):
-        trained_on.append(loader.images)
-        return original(net, loss, loader, *args, **kwargs)
+    def spy(loss, trainer):
+        trained_on.append(trainer.loader.images)
+        return original(loss, trainer)
 
     monkeypatch.setattr(ddpm, "train", spy)
     result = cli(*FLAGS, "--sigma", 0.4)
     assert result.code == 0, result.err
     run = tmp_path / "runs/denoiser_digits"
-    assert [p.name for p in sorted((run / "samples").iterdir())] == [
-        f"epoch_{k:04d}.png" for k in range(1, 6)
-    ]
+    pictures = [f"epoch_{k:04d}.png" for k in range(1, 6)]
+    assert sorted(p.name for p in (run / "samples").iterdir()) == pictures
     assert Image.open(run / "samples/epoch_0001.png").width > 7 * 64
     rows = rows_of(run / "psnr.csv")
     assert [float(r["sigma"]) for r in rows if r["epoch"] == "5"] == [0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0]
@@ -97,13 +97,12 @@ def test_flags_without_an_effect_are_refused(cli, flags, says):
 def test_it_is_no_diffusion_model_and_says_so(cli):
     assert cli(*FLAGS, "--epochs", 1).code == 0
     assert "'denoiser'" in error_line(cli("--sample", 2, "--checkpoint", "runs/denoiser_digits"))
-    assert "means nothing to a single-step denoiser" in error_line(
-        cli("--resume", "runs/denoiser_digits", "--epochs", 2, "--sampler", "ddpm")
-    )
+    line = error_line(cli("--resume", "runs/denoiser_digits", "--epochs", 2, "--sampler", "ddpm"))
+    assert "--sampler belongs to --task diffusion" in line
 
 
 def test_images_held_out_are_a_tenth_and_at_most_1000():
     for count, few in ((2, 1), (48, 5), (1797, 180), (60000, 1000)):
-        held_out, rest = utils.hold_out(count, 0, "a test")
+        held_out, rest = hold_out(count, 0, "a test")
         assert len(held_out) == few and sorted([*held_out.tolist(), *rest.tolist()]) == list(range(count))
-    assert not torch.equal(utils.hold_out(48, 0, "a test")[0], utils.hold_out(48, 1, "a test")[0])
+    assert not torch.equal(hold_out(48, 0, "a test")[0], hold_out(48, 1, "a test")[0])

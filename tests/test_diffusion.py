@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-import ddpm
-from ddpm import WEIGHTINGS, Diffusion, clip_x_0, randn_like
-from utils import SCHEDULES
+from ddpm import Diffusion, DiffusionSettings, clip_x_0
+from support.generators import randn_like
+from utils import SCHEDULES, WEIGHTINGS, p2
 
 PREDICTIONS = ["eps", "x_0", "v"]
 
@@ -53,15 +53,16 @@ def test_many_small_steps_are_one_large_one():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_split_inverts_target(schedule, prediction):
+def test_conversions_invert_target(schedule, prediction):
     diffusion = Diffusion(1000, schedule, prediction)
     x_0, t, g = batch(T=990)  # at the very end eps -> x_0 divides by almost nothing
     x_t, eps = diffusion.noise_images(x_0, t, g)
     out = diffusion.target(x_0, eps, t)
-    for prediction_named in (None, prediction):
-        x_0_back, eps_back = diffusion.split(out, x_t, t, prediction_named)
-        assert torch.allclose(x_0_back, x_0, atol=1e-8) and torch.allclose(eps_back, eps, atol=1e-8)
-    assert torch.allclose(diffusion.denoiser(lambda x, t, y: out)(x_t, t), eps, atol=1e-8)
+    eps_back = diffusion.eps_from_output(x_t, out, t)
+    assert torch.allclose(eps_back, eps, atol=1e-8)
+    assert torch.allclose(diffusion.x_0_from_eps(x_t, eps_back, t), x_0, atol=1e-8)
+    assert torch.allclose(diffusion.eps_from_x_0(x_t, x_0, t), eps, atol=1e-8)
+    assert torch.equal(diffusion.denoiser(lambda x, t, y: out)(x_t, t), eps_back)
 
 
 def test_v_is_the_velocity():
@@ -76,7 +77,7 @@ def test_v_is_the_velocity():
 
 
 def test_denoiser_closes_over_the_condition():
-    diffusion = Diffusion()
+    diffusion = Diffusion(prediction="eps")
     x_0, t, _ = batch()
     y = torch.arange(len(x_0))
     seen = []
@@ -86,16 +87,37 @@ def test_denoiser_closes_over_the_condition():
         return x
 
     assert torch.equal(diffusion.denoiser(net, y)(x_0, t), x_0)
-    diffusion.denoiser(net, y)(x_0, 7)  # one time for all
-    assert seen[0][1] is y and torch.equal(seen[0][0], t) and seen[1][0].tolist() == [7] * len(x_0)
+    assert seen[0][1] is y and torch.equal(seen[0][0], t)
 
 
-def test_clip_x_0():
-    diffusion = Diffusion()
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_clip_x_0(schedule):
+    diffusion = Diffusion(1000, schedule)
     x_0, t, g = batch()
     x_t, eps = diffusion.noise_images(x_0, t, g)
     clipped = clip_x_0(diffusion, lambda x, t: eps)(x_t, t)
-    assert torch.allclose(diffusion.split(clipped, x_t, t, "eps")[0], x_0.clamp(-1, 1), atol=1e-6)
+    assert torch.allclose(diffusion.x_0_from_eps(x_t, clipped, t), x_0.clamp(-1, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("clip", [False, True])
+def test_float32_rounds_x_0_little(prediction, clip):
+    """The bounds of clip_x_0's docstring: output -> eps -> x_0, and clipped -> eps -> x_0 again."""
+    diffusion, g = Diffusion(1000, "cosine", prediction), torch.Generator().manual_seed(0)
+    for time, bound in ((1000, 0.005), (980, 2e-5), (500, 2e-5), (20, 2e-5), (1, 2e-5)):
+        x_0, t = torch.rand(64, 3, 32, 32, generator=g) * 2 - 1, torch.full((64,), time)
+        x_t, eps = diffusion.noise_images(x_0, t, g)
+        out, signal, noise = diffusion.target(x_0, eps, t), diffusion.signal[time], diffusion.noise[time]
+        exact = {  # in float64, of the float32 numbers that the network gives
+            "eps": (x_t.double() - noise * out.double()) / signal,
+            "x_0": out.double(),
+            "v": signal * x_t.double() - noise * out.double(),
+        }[prediction]
+        eps_theta = diffusion.denoiser(lambda *_, out=out: out)
+        if clip:
+            eps_theta, exact = clip_x_0(diffusion, eps_theta), exact.clamp(-1, 1)
+        back = diffusion.x_0_from_eps(x_t, eps_theta(x_t, t), t)
+        assert back.dtype == torch.float32 and (back - exact).abs().max() < bound
 
 
 SNR = torch.logspace(-4, 4, 50, dtype=torch.float64)
@@ -110,16 +132,16 @@ def test_weightings():
 
 
 def loss_of(diffusion, x_0, seed=3):
-    """The loss of a network that always says 0.3, and the x_t, eps and t it was asked about."""
-    asked = {}
+    """The loss of a network whose output is 0.3 everywhere, and its inputs x_t, the eps in them, and t."""
+    inputs = []
 
     def net(x_t, t, y=None):
-        asked.update(x_t=x_t, t=t)
+        inputs.extend((x_t, t))
         return torch.full_like(x_t, 0.3)
 
     loss = diffusion.loss(net, x_0, generator=torch.Generator().manual_seed(seed))
-    signal, noise = diffusion.scales(asked["t"], x_0)
-    return loss, asked["x_t"], (asked["x_t"] - signal * x_0) / noise, asked["t"]
+    x_t, t = inputs
+    return loss, x_t, diffusion.eps_from_x_0(x_t, x_0, t), t
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -133,15 +155,15 @@ def test_default_loss_is_plain_mse_on_the_prediction(prediction):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("weighting", [*WEIGHTINGS, partial(ddpm.p2, gamma=0.5, k=3.0)])
+@pytest.mark.parametrize("weighting", [*WEIGHTINGS, partial(p2, gamma=0.5, k=3.0)])
 def test_a_weighting_is_the_weight_of_the_error_of_eps(prediction, weighting):
     diffusion = Diffusion(prediction=prediction, weighting=weighting)
     x_0, _, _ = batch()
     loss, x_t, eps, t = loss_of(diffusion, x_0)
-    _, eps_said = diffusion.split(torch.full_like(x_t, 0.3), x_t, t)
+    eps_predicted = diffusion.eps_from_output(x_t, torch.full_like(x_t, 0.3), t)
     alpha_bar = diffusion.alpha_bar[t]
     w = WEIGHTINGS.get(weighting, weighting)(alpha_bar / (1 - alpha_bar))
-    expected = (w * (eps_said - eps).square().mean(dim=(1, 2, 3))).mean()
+    expected = (w * (eps_predicted - eps).square().mean(dim=(1, 2, 3))).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -175,6 +197,14 @@ def test_timesteps(T, steps):
     assert timesteps[0] == T and timesteps[-1] == 0 and len(timesteps) == steps + 1
     strides = [t - s for t, s in pairwise(timesteps)]
     assert min(strides) >= 1 and max(strides) - min(strides) <= 1
+
+
+def test_defaults_are_those_of_the_command_line():
+    by_default, settings = Diffusion(), DiffusionSettings()
+    named = Diffusion(settings.noise_steps, settings.schedule, settings.prediction, settings.weighting)
+    assert by_default.prediction == named.prediction
+    assert torch.equal(by_default.alpha_bar, named.alpha_bar)
+    assert torch.equal(by_default.weight, named.weight)
 
 
 def test_bad_settings():

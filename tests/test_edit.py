@@ -8,11 +8,13 @@ import pytest
 import torch
 from conftest import TINY, error_line, run_in
 from PIL import Image
+from test_samplers import heun
 
 import ddpm
 import ddpm_conditional
 import edit
 from ddpm import SAMPLERS, Diffusion
+from support import operators
 
 T = 100
 MU = torch.tensor([0.3, -0.5], dtype=torch.float64)
@@ -91,9 +93,8 @@ def test_inpainting_has_the_moments_of_its_recursion(sampler, resample, jump):
     x_T = torch.randn(n, 1, 1, 2, dtype=torch.float64, generator=generator)
     x_0 = torch.full((n, 1, 1, 2), KNOWN, dtype=torch.float64)
     way = diffusion.timesteps(10)
-    x = edit.inpaint(
-        *(diffusion, SAMPLERS[sampler], ideal(diffusion), x_T, way, x_0, HOLE, generator, resample, jump)
-    )
+    parts = edit.segments(way, resample, jump)
+    x = edit.inpaint(diffusion, SAMPLERS[sampler], ideal(diffusion), x_T, parts, x_0, HOLE, generator)
     assert torch.equal(x[..., 0], x_0[..., 0])
     hole = x[..., 1].flatten()
     mean, variance = inpainting_recursion(diffusion, sampler, way, resample, jump)
@@ -103,7 +104,7 @@ def test_inpainting_has_the_moments_of_its_recursion(sampler, resample, jump):
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_resampling_brings_the_hole_nearer_to_the_conditional(sampler):
-    """Both of what is computed, over many more returns, and of what edit.inpaint draws."""
+    """By the recursion, with many more repetitions, and in what edit.inpaint draws."""
     diffusion = Diffusion(T, "cosine")
     way, bias = diffusion.timesteps(50), []
     for resample in (1, 2, 5, 20):
@@ -118,13 +119,14 @@ def test_resampling_brings_the_hole_nearer_to_the_conditional(sampler):
         generator = torch.Generator().manual_seed(0)
         x_T = torch.randn(n, 1, 1, 2, dtype=torch.float64, generator=generator)
         x_0 = torch.full((n, 1, 1, 2), KNOWN, dtype=torch.float64)
-        of = (diffusion, SAMPLERS[sampler], ideal(diffusion), x_T, way, x_0, HOLE, generator, resample)
-        drawn.append(abs(edit.inpaint(*of)[..., 1].mean().item() - CONDITIONAL_MEAN))
+        parts = edit.segments(way, resample, 1)
+        x = edit.inpaint(diffusion, SAMPLERS[sampler], ideal(diffusion), x_T, parts, x_0, HOLE, generator)
+        drawn.append(abs(x[..., 1].mean().item() - CONDITIONAL_MEAN))
     assert drawn[1] < drawn[0] / 2
 
 
-def test_a_sampler_takes_the_plain_way_in_one_piece():
-    """A multistep sampler keeps its history: only resampling cuts the way."""
+def test_only_resampling_cuts_the_timesteps_into_parts():
+    """Else a multistep sampler keeps its history."""
     assert edit.segments([9, 6, 3, 0], 1, 2) == [([9, 6, 3, 0], 1)]
     assert edit.segments([9, 7, 5, 3, 1, 0], 4, 2) == [([9, 7, 5], 4), ([5, 3, 1], 4), ([1, 0], 1)]
     assert edit.segments([9, 6, 3, 0], 4, 5) == [([9, 6, 3], 4), ([3, 0], 1)]
@@ -150,13 +152,13 @@ def test_sdedit_has_the_moments_of_its_recursion(sampler):
     assert torch.allclose(x.T.cov(), covariance, atol=5 * math.sqrt(2 / n) * covariance.max().item())
 
 
-def test_noised_on_is_the_forward_process_between_two_times():
+def test_renoising_is_the_forward_process_between_two_times():
     """q(x_t | x_s) after q(x_s | x_0) is q(x_t | x_0)."""
     diffusion, n = Diffusion(T, "cosine"), 200_000
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.full((n, 1, 1, 1), 0.7, dtype=torch.float64)
     x_s, _ = diffusion.noise_images(x_0, torch.full((n,), 20), generator)
-    x_t = edit.noised_on(diffusion, x_s, 20, 70, generator)
+    x_t = edit.renoise(diffusion, x_s, 20, 70, generator)
     ab = diffusion.alpha_bar[70].item()
     assert x_t.mean().item() == pytest.approx(math.sqrt(ab) * 0.7, abs=5 * math.sqrt((1 - ab) / n))
     assert x_t.var().item() == pytest.approx(1 - ab, rel=5 * math.sqrt(2 / n))
@@ -208,50 +210,41 @@ def test_slerp_stays_on_the_sphere_and_ends_where_it_should():
 def random_denoiser(seed, channels=1):
     """Some smooth function of x_t and t, which is no symmetry of any view."""
     torch.manual_seed(seed)
-    net = torch.nn.Sequential(
-        *(
-            torch.nn.Conv2d(channels, 8, 3, padding=1),
-            torch.nn.Tanh(),
-            torch.nn.Conv2d(8, channels, 3, padding=1),
-        )
-    ).double()
+    first, last = torch.nn.Conv2d(channels, 8, 3, padding=1), torch.nn.Conv2d(8, channels, 3, padding=1)
+    net = torch.nn.Sequential(first, torch.nn.Tanh(), last).double()
     return lambda x_t, t: net(x_t) * (t.double() / T).view(-1, 1, 1, 1) + 0.3 * x_t
 
 
 SQUARE = (1, 8, 8)
 
 
-def view_of(name, size=8, pieces=4):
-    args = edit.make_parser().parse_args(
-        ["anagram", "--checkpoint", "x", "--view", name, "--pieces", str(pieces)]
-    )
-    return edit.make_view(args, size)
+def view_of(name, shape=SQUARE):
+    return edit.make_view(name, shape, pieces=4, seed=0)
 
 
-@pytest.mark.parametrize("name", [*edit.VIEWS, "rotate270"])
+@pytest.mark.parametrize("name", [*operators.VIEWS, "rotate270"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 12)])
 def test_views_are_orthogonal_and_can_be_undone(name, shape):
-    view = view_of(name, shape[-1])
+    view = view_of(name, shape)
     numbers = math.prod(shape)
     matrix = view.see(torch.eye(numbers).view(numbers, *shape)).flatten(1)  # a row for each unit vector
     assert torch.equal(matrix @ matrix.T, torch.eye(numbers))
     assert torch.equal(view.undo(torch.eye(numbers).view(numbers, *shape)).flatten(1), matrix.T)
     assert not torch.equal(matrix, torch.eye(numbers))
-    edit.check_isometry(view, name, shape)
+    assert operators.is_isometry(view, shape)
 
 
 @pytest.mark.parametrize(
     "view",
     [
-        edit.View(lambda x: 2 * x, lambda x: x / 2),
-        edit.View(lambda x: x.roll(1, 2), lambda x: x.roll(1, 2)),  # orthogonal, undone wrongly
-        edit.View(lambda x: x[:, :, :4], lambda x: x),
-        edit.View(edit.low_pass, edit.low_pass),
+        operators.View(lambda x: 2 * x, lambda x: x / 2),
+        operators.View(lambda x: x.roll(1, 2), lambda x: x.roll(1, 2)),  # orthogonal, undone wrongly
+        operators.View(lambda x: x[:, :, :4], lambda x: x),
+        operators.View(operators.low_pass, operators.low_pass),
     ],
 )
-def test_what_is_no_isometry_is_refused(view):
-    with pytest.raises(ddpm.UserError, match="no isometry"):
-        edit.check_isometry(view, "mine", SQUARE)
+def test_other_views_are_no_isometry(view):
+    assert not operators.is_isometry(view, SQUARE)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "dpm_solver"])
@@ -276,7 +269,7 @@ def test_an_anagram_is_the_mean_of_both_readings():
     assert torch.allclose(edit.anagram(eps_1, eps_2, view)(x, t), (eps_1(x, t) + turned_back) / 2)
 
 
-@pytest.mark.parametrize("size, width, sigma", [(64, 33, 2.0), (32, 17, 1.0), (128, 65, 4.0)])
+@pytest.mark.parametrize("size, width, sigma", [(64, 33, 2.0), (32, 17, 1.0)])
 def test_a_hybrid_is_low_frequencies_of_one_and_high_of_the_other(size, width, sigma):
     eps_1, eps_2 = random_denoiser(0), random_denoiser(1)
     x, t = torch.randn(2, 1, size, size, dtype=torch.float64), torch.tensor([5, 70])
@@ -320,9 +313,8 @@ def test_score_distillation_seeks_the_mode():
     diffusion, n = Diffusion(T, "cosine"), 64
     noise = torch.randn(n, 1, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     generators = [torch.Generator().manual_seed(i) for i in range(n)]
-    parameters = edit.pixels(3 * noise)
-    x = edit.score_distillation(diffusion, ideal(diffusion), parameters, 1000, 0.01, generators).flatten(0, 1)
-    x = x.flatten(1)
+    x = edit.score_distillation(diffusion, ideal(diffusion), edit.pixels(3 * noise), 1000, 0.01, generators)
+    x = x.flatten(0, 1).flatten(1)
     assert ((x.mean(0) - MU).abs() < 5 * x.std(0) / math.sqrt(n)).all()
     assert (x.std(0) < SIGMA.diagonal().sqrt() / 5).all()
 
@@ -331,37 +323,36 @@ def test_coarse_parameterisations_are_coarse_and_can_be_optimised():
     noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     target = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     for name, make in edit.PARAMETERISATIONS.items():
-        parameters = make(noise)
-        optimizer = torch.optim.Adam(parameters.numbers, 0.05)
-        before = (parameters.image() - target).square().mean().item()
+        theta, g = make(noise)
+        optimizer = torch.optim.Adam(theta, 0.05)
+        before = (g() - target).square().mean().item()
         for _ in range(50):
             optimizer.zero_grad()
-            loss = (parameters.image() - target).square().mean()
+            loss = (g() - target).square().mean()
             loss.backward()
             optimizer.step()
         assert loss.item() < before, name
-    x = edit.fourier(noise).image()
+    x = edit.fourier(noise)[1]()
     spectrum = torch.fft.fft2(x).abs()
     frequency = torch.fft.fftfreq(32).abs() * 32
     outside = (frequency[:, None] > 4) | (frequency[None] > 4)
     assert spectrum[..., outside].max() < 1e-4 * spectrum.max() and (spectrum[..., ~outside] > 0).all()
-    assert (torch.linalg.matrix_rank(edit.low_rank(noise).image().detach()) == 4).all()
+    assert (torch.linalg.matrix_rank(edit.low_rank(noise)[1]().detach()) == 4).all()
 
 
-MEASUREMENTS = [
-    ("colourise", (3, 8, 8), []),
-    ("super_resolve", (3, 8, 8), ["--factor", "4"]),
-    ("super_resolve", (1, 12, 12), ["--factor", "3"]),
-    ("deblur", (1, 16, 16), []),
-    ("deblur", (3, 12, 12), ["--blur-sigma", "0.8"]),
-]
-
-
-@pytest.mark.parametrize("problem, shape, flags", MEASUREMENTS)
-def test_a_measurement_and_its_pseudo_inverse(problem, shape, flags):
-    """Penrose's four conditions, and what DDNM makes of them: A x = y, and the rest of x as it was."""
-    flags = ["restore", "--checkpoint", "x", "--image", "y", "--problem", problem, *flags]
-    measurement = edit.PROBLEMS[problem](edit.make_parser().parse_args(flags), shape)
+@pytest.mark.parametrize(
+    "problem, shape, options",
+    [
+        ("colourise", (3, 8, 8), {}),
+        ("super_resolve", (3, 8, 8), {"factor": 4}),
+        ("super_resolve", (1, 12, 12), {"factor": 3}),
+        ("deblur", (1, 16, 16), {}),
+        ("deblur", (3, 12, 12), {"sigma": 0.8}),
+    ],
+)
+def test_a_measurement_and_its_pseudo_inverse(problem, shape, options):
+    """Penrose's four conditions, and the projection of DDNM: A x = y, and the rest of x is unchanged."""
+    measurement = operators.PROBLEMS[problem](shape, **options)
     n = math.prod(shape)
     A = measurement.A(torch.eye(n).view(n, *shape)).flatten(1).T  # (m, n)
     m = len(A)
@@ -399,7 +390,7 @@ def first_pixel():
     """The measurement of the first of two pixels, and what it gave: inpainting, as DDNM sees it."""
     keep = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
     y = torch.full((1, 1, 1, 2), KNOWN, dtype=torch.float64) * keep
-    return edit.Measurement(lambda x: x * keep, lambda y: y * keep), y
+    return operators.Measurement(lambda x: x * keep, lambda y: y * keep), y
 
 
 def test_restoring_has_the_mean_of_its_recursion():
@@ -465,16 +456,14 @@ TASKS = {
 
 
 def images_for(task, runs, count=2):
-    return (
-        ["--image", *(runs.parent / f"{name}.png" for name in "ab"[:count])]
-        if edit.TASKS[task].images
-        else []
-    )
+    files = [runs.parent / f"{name}.png" for name in "ab"[:count]]
+    return ["--image", *files] if "image" in edit.EDITS[task].flags.split() else []
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("sampler", [*SAMPLERS, "heun"])
 @pytest.mark.parametrize("task", list(TASKS))
-def test_every_task_works_with_every_sampler(make, runs, tmp_path, task, sampler):
+def test_every_task_works_with_every_sampler(make, runs, tmp_path, monkeypatch, task, sampler):
+    monkeypatch.setitem(SAMPLERS, "heun", heun)  # of two evaluations a stride
     run, flags = TASKS[task]
     flags = [*flags, *images_for(task, runs), "--sampler", sampler, "--sample-steps", 4]
     result = make(task, run, *flags, "--out", tmp_path / "out")
@@ -508,9 +497,8 @@ def test_at_scale_0_labels_mean_nothing(make, tmp_path):
         result = make("sds", "ddpm_conditional_digits", *flags, scale, "--out", tmp_path / str(scale))
         assert result.code == 0, result.err
     none, much = (np.stack(pictures(tmp_path / scale)).reshape(2, 2, 2, 8, 8) for scale in ("0", "5"))
-    assert (none[:, 0] == none[:, 1]).all() and (
-        much[:, 0] != much[:, 1]
-    ).any()  # (pixels or fourier, label, ...)
+    assert (none[:, 0] == none[:, 1]).all()  # (pixels or fourier, label, draw, ...)
+    assert (much[:, 0] != much[:, 1]).any()
 
 
 def test_nothing_is_overwritten(make, runs):
@@ -524,10 +512,8 @@ def test_nothing_is_overwritten(make, runs):
 @pytest.mark.parametrize("flags", [["--resample", 3, "--jump", 2], ["--sampler", "pndm"], ["--no-clip"]])
 def test_known_pixels_come_out_exactly(make, runs, tmp_path, flags):
     where = ["--box", "2,1,3,5", "--draws", 2, "--out", tmp_path / "out"]
-    assert (
-        make("inpaint", "ddpm_digits", *images_for("inpaint", runs), *where, *flags, "--sample-steps", 5).code
-        == 0
-    )
+    flags = [*images_for("inpaint", runs), *where, *flags, "--sample-steps", 5]
+    assert make("inpaint", "ddpm_digits", *flags).code == 0
     hole = np.zeros((8, 8), dtype=bool)
     hole[1:6, 2:5] = True
     given = [np.asarray(Image.open(runs.parent / f"{name}.png")) for name in "aabb"]
@@ -574,9 +560,9 @@ def test_one_stride_has_a_start_too(make, runs):
     assert result.code == 0 and "i_start 0" in result.out, result.err
 
 
-def test_a_conditional_model_told_nothing_is_noted(make, runs):
+def test_a_conditional_model_without_a_condition_is_noted(make, runs):
     result = make("restore", "ddpm_conditional_digits", *images_for("restore", runs))
-    assert result.code == 0 and "told nothing" in result.err
+    assert result.code == 0 and "null condition" in result.err
 
 
 def test_sdedit_starts_later_and_keeps_more(make, runs):
@@ -638,7 +624,7 @@ def test_the_classifier_names_what_was_made(make, runs):
 
 
 @pytest.mark.parametrize(
-    "task, run, flags, told",
+    "task, run, flags, message",
     [
         ("inpaint", "ddpm_digits", ["--box", "4,4,5,2"], "leaves the image"),
         ("inpaint", "ddpm_digits", ["--box", "4,4,0,2"], "w and h"),
@@ -672,7 +658,6 @@ def test_the_classifier_names_what_was_made(make, runs):
         ("hybrid", "ddpm_digits", ["--labels", "3,5"], "conditional model"),
         ("hybrid", "ddpm_conditional_digits", [], "two conditions"),
         ("sds", "ddpm_digits", ["--out", "black.png"], "is a file"),
-        ("anagram", "ddpm_conditional_digits", ["--labels", "6"], "two conditions"),
         ("anagram", "ddpm_conditional_digits", ["--labels", "6,9,8"], "two conditions"),
         ("anagram", "ddpm_conditional_digits", ["--labels", "6,9", "--view", "rotate45"], "no isometry"),
         ("anagram", "ddpm_conditional_digits", ["--labels", "6,9", "--view", "inside"], "unknown"),
@@ -691,18 +676,17 @@ def test_the_classifier_names_what_was_made(make, runs):
             "none of pixels",
         ),
         ("restore", "ddpm_digits", ["--problem", "colourise"], "gray"),
-        ("restore", "ddpm_digits", ["--factor", "3"], "one of 2, 4"),
         ("restore", "ddpm_digits", ["--problem", "deblur", "--factor", "2"], "--factor belongs"),
         ("interpolate", "ddpm_conditional_digits", ["--labels", "1,2,3"], "two --image files"),
     ],
 )
-def test_mistakes_are_told(make, runs, tmp_path, task, run, flags, told):
+def test_mistakes_give_one_line(make, runs, tmp_path, task, run, flags, message):
     Image.new("L", (8, 8)).save(tmp_path / "black.png")
     (tmp_path / "text.png").write_text("no picture")
-    assert told in error_line(make(task, run, *flags, *images_for(task, runs)))
+    assert message in error_line(make(task, run, *flags, *images_for(task, runs)))
 
 
-def test_a_missing_image_is_told(make):
+def test_a_missing_image_is_a_mistake(make):
     assert "no such file" in error_line(make("sdedit", "ddpm_digits", "--image", "nothing.png"))
     assert "--image" in error_line(make("sdedit", "ddpm_digits"))
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from modules import (
     EMA,
-    PAD,
     Attention,
     Classifier,
     ConditionalUNet,
@@ -21,6 +20,7 @@ from modules import (
     group_norm,
     timestep_embedding,
 )
+from support.text import PAD
 
 
 def randomized(net, seed=0):

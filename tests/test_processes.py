@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,19 +16,24 @@ from conftest import PROJECT, TINY, error_line
 
 import ddpm
 import ddpm_conditional
-import utils
-from modules import ConditionalUNet
-from utils import Processes
+from modules import EMA, ConditionalUNet
+from support import launch
+from support.errors import UserError
+from support.generators import BatchShare, randn_like
+from support.loader import Loader
+from support.machine import get_device
+from support.processes import Processes, join_processes
+from support.trainer import Trainer, TrainingSettings
 
 
-def torchrun(folder, *command, processes=2, options=(), **more):
+def torchrun(folder, *command):
     """Start `torchrun ... SCRIPT ...` in a folder; -> the process, its output piped."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script, *flags = command
-    everything = [*run, *options, str(PROJECT / script), *map(str, flags)]
+    everything = [*run, str(PROJECT / script), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(everything, cwd=folder, env=env, **pipes, **more)
+    return subprocess.Popen(everything, cwd=folder, env=env, **pipes)
 
 
 def finished(process):
@@ -52,24 +58,18 @@ def assert_same_weights(a, b, tolerance):
 def test_shares_are_a_partition():
     items = list(range(11))
     shares = [Processes(rank, 3).share(items) for rank in range(3)]
-    assert (
-        sorted(i for share in shares for i in share) == items
-        and max(map(len, shares)) - min(map(len, shares)) <= 1
-    )
+    assert sorted(i for share in shares for i in share) == items
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert Processes().share(items) == items and Processes().first and not Processes(1, 2).first
 
 
 def test_the_shares_of_a_batch_are_the_batch():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2)
-    loaders = [
-        utils.Loader(images, 4, y=torch.arange(10), flip=True, seed=3, processes=Processes(rank, 2))
-        for rank in range(2)
-    ]
-    whole = utils.Loader(images, 4, y=torch.arange(10), flip=True, seed=3)
-    for i, (one, *two) in enumerate(
-        zip(whole.epoch(1), *(loader.epoch(1) for loader in loaders), strict=True)
-    ):
-        assert whole.size(i) == len(one[0]) == sum(len(x) for x, _ in two)
+    make = partial(Loader, images, 4, y=torch.arange(10), flip=True, seed=3)
+    whole, loaders = make(), [make(processes=Processes(rank, 2)) for rank in range(2)]
+    epochs = (loader.epoch(1) for loader in (whole, *loaders))
+    for size, (one, *two) in zip((4, 4, 2), zip(*epochs, strict=True), strict=True):
+        assert size == len(one[0]) == sum(len(x) for x, _ in two)
         for rank, (x, y) in enumerate(two):
             assert torch.equal(x, one[0][rank::2]) and torch.equal(y, one[1][rank::2])
 
@@ -79,14 +79,9 @@ def test_a_share_draws_what_the_whole_batch_would():
         return torch.Generator().manual_seed(5)
 
     x = torch.zeros(7, 2, 3, 3)
-    whole = ddpm.randn_like(x, generator())
-    part = ddpm.randn_like(x[1::3], ddpm.Share(generator(), range(1, 7, 3), 7))
-    assert torch.equal(part, whole[1::3])
-    diffusion = ddpm.Diffusion(50)
-    times = diffusion.sample_timesteps(x, generator())
-    assert torch.equal(
-        diffusion.sample_timesteps(x[1::3], ddpm.Share(generator(), range(1, 7, 3), 7)), times[1::3]
-    )
+    for drawn in (randn_like, ddpm.Diffusion(50).sample_timesteps):
+        part = drawn(x[1::3], BatchShare(generator(), range(1, 7, 3), 7))
+        assert torch.equal(part, drawn(x, generator())[1::3])
 
 
 # gradients
@@ -102,15 +97,16 @@ def gradients(processes=ALONE, parts=1, batch=BATCH):
         torch.nn.init.normal_(p, std=0.1)
     x_0, y = torch.rand(batch, 1, 8, 8, dtype=torch.float64) * 2 - 1, torch.arange(batch)
     diffusion = ddpm.Diffusion(100, "cosine", "v")
-    loss_fn = ddpm_conditional.conditional_loss(diffusion, 0.5)
-    model = net
-    if processes.count > 1:
-        model = torch.nn.parallel.DistributedDataParallel(net)
-    mine = [processes.share(part) if len(processes.share(part)) else part[:1] for part in (x_0, y)]
-    loss = ddpm.batch_gradient(
-        model, loss_fn, *mine, torch.Generator().manual_seed(1), batch, processes, parts
-    )
-    return processes.add(loss.clone()) / processes.count, [p.grad for p in net.parameters()]
+    loader = Loader(torch.zeros(batch, 1, 8, 8, dtype=torch.uint8), batch, processes=processes)
+    settings = TrainingSettings(epochs=1, accumulate=parts, clip_grad=1e9)
+    trainer = Trainer(net, EMA, loader, Path("none"), settings)
+    mine = range(batch)[processes.rank :: processes.count] or range(1)
+    for x_part, y_part, generator in trainer.parts_of(x_0[mine], y[mine], batch):
+        loss = ddpm_conditional.conditional_loss(
+            diffusion, net.null, 0.5, trainer.net, x_part, y_part, generator
+        )
+        trainer.step(loss)
+    return processes.add(trainer.loss.clone()) / processes.count, [p.grad for p in net.parameters()]
 
 
 def gradients_of_a_process(rank, folder):
@@ -134,9 +130,7 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(tmp_path, monke
         whole, in_parts, one_image = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for two in (whole, in_parts):
             assert abs(two[0] - loss) < 1e-10 and largest_difference(two[1], grads) < 1e-10
-        assert (
-            largest_difference(one_image[1], alone[1]) < 1e-10
-        )  # one process has no image: it weighs nothing
+        assert largest_difference(one_image[1], alone[1]) < 1e-10  # a process without images weighs nothing
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7, 20])
@@ -182,12 +176,12 @@ def test_sampling_by_two_processes_gives_the_same_files(two, cli):
 
 def test_the_first_process_says_what_is_left_to_draw(two, cli, monkeypatch):
     """The others may come late, and see more files than it did."""
-    told = []
-    monkeypatch.setattr(Processes, "told", lambda self, value: told.append(value) or value)
+    sent = []
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: sent.append(value) or value)
     run, how = two / "runs/ddpm_digits", ("--batch-size", 2, "--sample-steps", 2, "--out", "out")
     cli("--sample", 3, "--checkpoint", run, *how)
     cli("--sample", 9, "--checkpoint", run, *how, "--animate")
-    assert [list(map(list, batches)) for batches in told] == [
+    assert [list(map(list, batches)) for batches in sent] == [
         [[0, 1], [2]],
         [[0, 1], [2, 3], [4, 5], [6, 7], [8]],
     ]
@@ -203,9 +197,9 @@ def test_a_mistake_is_one_line_though_the_others_wait(tmp_path):
 # one of them dies
 
 
-def started(folder, *options):
+def started(folder):
     """A run of two processes that would take minutes, once it has trained an epoch; -> it, its children."""
-    process = torchrun(folder, "ddpm.py", *TINY, "--epochs", 400, "--preview-every", 400, options=options)
+    process = torchrun(folder, "ddpm.py", *TINY, "--epochs", 400, "--preview-every", 400)
     log = folder / "runs/ddpm_digits/log.csv"
     wait_for(lambda: log.is_file() and len(log.read_text().splitlines()) > 2, process)
     return process, children(process.pid)
@@ -226,32 +220,22 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="re
 
 
 @needs_proc
-def test_a_process_that_dies_ends_the_others_with_a_message_and_one_goes_on(tmp_path, cli):
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_a_message_and_one_goes_on(tmp_path, cli, dead):
     process, workers = started(tmp_path)
-    os.kill(workers[1], signal.SIGKILL)
+    saved = weights(tmp_path / "runs/ddpm_digits")["epoch"]
+    os.kill(workers[dead], signal.SIGKILL)
     _, err = process.communicate(timeout=90)
     assert process.returncode != 0
     assert "another process has ended" in err and "--resume runs/ddpm_digits" in err
     os.chdir(tmp_path)
-    at = weights("runs/ddpm_digits")["epoch"]
-    assert at >= 1
-    assert cli("--resume", tmp_path / "runs/ddpm_digits", "--epochs", at + 2).code == 0  # alone
-    assert weights(tmp_path / "runs/ddpm_digits")["epoch"] == at + 2
-
-
-@needs_proc
-def test_torchrun_starts_them_again_from_the_last_checkpoint(tmp_path):
-    process, workers = started(tmp_path, "--max-restarts=1")
-    log = tmp_path / "runs/ddpm_digits/log.csv"
-    os.kill(workers[0], signal.SIGKILL)
-    wait_for(lambda: (now := children(process.pid)) and not set(now) & set(workers), process)
-    before = weights(tmp_path / "runs/ddpm_digits")["epoch"]
-    wait_for(lambda: len(log.read_text().splitlines()) > before + 3, process)
-    process.terminate()
-    process.communicate(timeout=90)
-    assert os.listdir(tmp_path / "runs") == ["ddpm_digits"]
+    assert os.listdir("runs") == ["ddpm_digits"]
+    at, log = weights("runs/ddpm_digits")["epoch"], Path("runs/ddpm_digits/log.csv")
+    assert at >= saved >= 1
+    assert cli("--resume", "runs/ddpm_digits", "--epochs", at + 2).code == 0  # alone
+    assert weights("runs/ddpm_digits")["epoch"] == at + 2
     epochs = [int(row["epoch"]) for row in csv.DictReader(open(log))]
-    assert epochs == list(range(1, len(epochs) + 1))  # it went on, and began nothing twice
+    assert epochs == list(range(1, at + 3))  # it went on, and began nothing twice
 
 
 @needs_proc
@@ -269,9 +253,9 @@ def test_a_signal_to_torchrun_saves_and_stops(tmp_path):
 
 @pytest.fixture
 def three(monkeypatch):
-    monkeypatch.setattr(utils, "join_processes", lambda device: Processes(0, 3))
-    monkeypatch.setattr(Processes, "wait", lambda self: None)
-    monkeypatch.setattr(Processes, "told", lambda self, value: value)
+    monkeypatch.setattr(launch, "join_processes", lambda device: Processes(0, 3))
+    monkeypatch.setattr(Processes, "barrier", lambda self: None)
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: value)
     monkeypatch.setattr(Processes, "add", lambda self, x: x)
 
 
@@ -291,8 +275,8 @@ def test_several_processes_sample_into_a_folder(two, cli, three):
 
 def test_processes_that_cannot_talk(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(utils.UserError, match=r"mps can't talk.*--device cpu"):
-        utils.join_processes(torch.device("mps"))
+    with pytest.raises(UserError, match=r"mps can't talk.*--device cpu"):
+        join_processes(torch.device("mps"))
 
 
 @pytest.mark.parametrize("missing", ["is_available", "is_gloo_available"])
@@ -305,8 +289,8 @@ def test_gloo_is_missing(cli, monkeypatch, missing):
 def test_nccl_is_missing(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
-    with pytest.raises(utils.UserError, match=r"nccl.*--device cpu"):
-        utils.join_processes(torch.device("cuda:0"))
+    with pytest.raises(UserError, match=r"nccl.*--device cpu"):
+        join_processes(torch.device("cuda:0"))
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -316,13 +300,13 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     current = []
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    with pytest.raises(utils.UserError, match="3 processes for 2 GPUs"):
-        utils.get_device("auto")
+    with pytest.raises(UserError, match="3 processes for 2 GPUs"):
+        get_device("auto")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(utils.UserError, match="2 processes can't share cuda:1"):
-        utils.get_device("cuda:1")
+    with pytest.raises(UserError, match="2 processes can't share cuda:1"):
+        get_device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert utils.get_device("auto") == utils.get_device("cuda") == torch.device("cuda:1")
+    assert get_device("auto") == get_device("cuda") == torch.device("cuda:1")
     assert current == [1, 1]
 
 
@@ -331,22 +315,17 @@ def test_an_index_makes_that_gpu_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert utils.get_device("cuda:1") == torch.device("cuda:1") and current == [1]
+    assert get_device("cuda:1") == torch.device("cuda:1") and current == [1]
 
 
 def test_processes_that_cannot_meet(cli, monkeypatch):
-    for name, value in (
-        ("WORLD_SIZE", "2"),
-        ("RANK", "0"),
-        ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "no"),
-    ):
+    where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "no"}
+    for name, value in where.items():
         monkeypatch.setenv(name, value)
     assert "could not meet" in error_line(cli(*TINY))
 
 
-def test_settings_of_the_run_name_its_launch_only_under_torchrun(two, cli):
+def test_the_folder_of_two_processes_is_that_of_one(two, cli):
     cli(*TINY)
-    assert not Path("runs/ddpm_digits/launch").exists()
-    assert (two / "runs/ddpm_digits/launch").exists()
+    assert sorted(os.listdir("runs/ddpm_digits")) == sorted(os.listdir(two / "runs/ddpm_digits"))
     assert json.load(open(two / "runs/ddpm_digits/config.json"))["batch_size"] == 15

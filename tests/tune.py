@@ -15,6 +15,8 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -24,67 +26,56 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import analysis
 import ddpm
 import utils
-from modules import EMA
+from ddpm import SamplerSettings
+from modules import EMA, make_network
+from support.errors import run_main
+from support.launch import load_data
+from support.loader import Loader
+from support.machine import MachineSettings, autocast_forward, get_device, to_device, use_bf16
+from support.measures import frechet_distance, quality
+from support.settings import Command, Parser, add_settings, make_command
+from support.trainer import Trainer, TrainingSettings
 
 
-class Budget(utils.Loader):
-    """A loader of one long epoch: so many batches, of as many passes over the data as that takes."""
+@dataclass
+class Arm:
+    """The settings that `python ddpm.py FLAGS` would run with, and its images (N, C, H, W) uint8."""
 
-    def __init__(self, *options, steps: int):
-        super().__init__(*options)
-        self.steps = steps
+    command: Command
+    images: torch.Tensor
+    device: torch.device
 
-    def __len__(self):
-        return self.steps
+    def make(self) -> tuple[torch.nn.Module, ddpm.Diffusion]:
+        torch.manual_seed(self.command["seed"])
+        config = self.command.config()
+        return to_device(make_network(config), self.device), ddpm.make_diffusion(config)
 
-    def size(self, i):
-        return super().size(i % super().__len__())
-
-    def epoch(self, epoch, start=0):
-        done, whole = 0, super().__len__()
-        while done < self.steps:
-            for batch in self.one_pass(done // whole):
-                if done < self.steps:
-                    done += 1
-                    yield batch
-
-    def one_pass(self, number):
-        of_one = utils.Loader(self.images, self.batch_size, self.device, self.y, self.flip, self.seed)
-        return of_one.epoch(number)
+    def loader(self) -> Loader:
+        batch_size, flip, seed = (self.command[name] for name in ("batch_size", "flip", "seed"))
+        return Loader(self.images, batch_size, self.device, None, flip, seed)
 
 
-def settings(flags: str, base: argparse.Namespace) -> argparse.Namespace:
-    """What `python ddpm.py --dataset ... flags` would run with."""
-    typed = ["--dataset", base.dataset, "--data-root", base.data_root, *shlex.split(flags)]
-    typed += ["--limit", str(base.limit)] if base.limit else []
-    typed += ["--image-size", str(base.image_size)] if base.image_size else []
-    args = ddpm.make_parser().parse_args(typed)
-    ddpm.fill_data_set_defaults(args)
-    data = utils.get_data(args.dataset, args.data_root, "train", args.image_size, None, args.limit)
-    args.image_size = data.images.shape[-1]
-    ddpm.fill_network_defaults(args)
-    ddpm.fill_data_defaults(args, data)
-    args.data, args.device = data, utils.get_device(args.device)
-    return args
+def make_arm(flags: str, shared: list[str]) -> Arm:
+    parser = Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    add_settings(parser, ddpm.GROUPS)
+    command = make_command(vars(parser.parse_args([*shared, *shlex.split(flags)])), ddpm.GROUPS.values())
+    dataset = command["dataset"]
+    command.settle(utils.DEFAULTS.get(dataset, {}))
+    data = load_data(command, utils.get_data, dataset in utils.NARROW)
+    return Arm(command, data.images, get_device(command["device"]))
 
 
-def make(args: argparse.Namespace) -> tuple[torch.nn.Module, ddpm.Diffusion]:
-    torch.manual_seed(args.seed)
-    return ddpm.place(ddpm.make_net(vars(args)), args.device), ddpm.make_diffusion(vars(args))
-
-
-def stepper(args: argparse.Namespace):
+def stepper(arm: Arm):
     """A function that takes one training step, and waits for it."""
-    net, diffusion = make(args)
-    optimizer, ema = torch.optim.AdamW(net.parameters(), fused=args.device.type != "mps"), EMA(net)
-    loader = utils.Loader(args.data.images, args.batch_size, args.device, None, args.flip)
-    x_0, _ = next(loader.epoch(0))
-    bf16 = ddpm.use_bf16(args.precision, args.device, vars(args))
+    net, diffusion = arm.make()
+    optimizer, ema = torch.optim.AdamW(net.parameters(), fused=arm.device.type != "mps"), EMA(net)
+    x_0, _ = next(arm.loader().epoch(0))
+    if use_bf16(arm.command["precision"], arm.device, net):
+        autocast_forward(net, arm.device)
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast(args.device.type, torch.bfloat16, enabled=bf16):
-            loss = diffusion.loss(net, x_0)
+        loss = diffusion.loss(net, x_0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -96,22 +87,48 @@ def stepper(args: argparse.Namespace):
     return step
 
 
-def seconds_a_step(args: argparse.Namespace, reference: argparse.Namespace, known: float | None) -> float:
+def seconds_a_step(arm: Arm, reference: Arm, known: float | None) -> float:
     """Of an arm: its own, or that of the reference's known step times the ratio of the two."""
-    arm, other = stepper(args), stepper(reference)
-    times = [(arm(), other()) for _ in range(3 + (30 if args.image_size <= 32 else 6))][3:]
+    step, other = stepper(arm), stepper(reference)
+    times = [(step(), other()) for _ in range(3 + (30 if arm.images.shape[-1] <= 32 else 6))][3:]
     if known is None:
         return statistics.median(a for a, _ in times)
     return known / 1000 * statistics.median(a / b for a, b in times)
 
 
-def judged(net, diffusion, args, judge, reference, sampler: str, steps: int, n: int) -> analysis.Row:
-    config = vars(args) | {"kind": "ddpm", "name": "", "class_names": None}
-    model = analysis.Model("arm", net, diffusion, config, args.device)
-    how = argparse.Namespace(batch_size=64, seed=0, no_clip=False, args=None)
-    x = analysis.draw(model, range(n), ddpm.SAMPLERS[sampler], steps, how)
-    sure = (judge.p(x).max(1).values > 0.95).double().mean().item()
-    return analysis.quality(judge.features(x), reference.features) | {"sure": sure}
+def trained(arm: Arm, steps: int) -> tuple[torch.nn.Module, ddpm.Diffusion]:
+    """The averaged network of an arm after so many steps, and its diffusion process."""
+    (net, diffusion), settings = arm.make(), arm.command[TrainingSettings]
+    settings.epochs, passes = 1, map(arm.loader().epoch, count())
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(net, EMA, arm.loader(), Path(folder), settings, arm.command[MachineSettings])
+        trainer.loader.batches = steps  # one long epoch, over which the learning rate falls to 0
+        for batch, _ in islice(chain.from_iterable(passes), steps):
+            for x_0, y, generator in trainer.parts_of(batch, None, len(batch)):
+                trainer.step(diffusion.loss(trainer.net, x_0, y, generator))
+        trainer.check_losses()
+    return trainer.ema.net, diffusion
+
+
+def judged(
+    net, diffusion, arm: Arm, evaluator, real: torch.Tensor, sampling: SamplerSettings, n: int
+) -> dict:
+    """The quality of n samples beside features of real images (m, D); the share that is surely a class."""
+    shape, eps_theta = arm.images.shape[1:], diffusion.denoiser(net)
+    parts = torch.arange(n).split(64)
+    x = [ddpm.sample(diffusion, eps_theta, p.tolist(), shape, sampling, 0, arm.device).cpu() for p in parts]
+    x = torch.cat(x).clamp(-1, 1)
+    sure = (evaluator.p(x).max(1).values > 0.95).double().mean().item()
+    return quality(evaluator.features(x), real) | {"sure": sure}
+
+
+def add_row(path: Path, row: dict) -> None:
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def main() -> None:
@@ -131,38 +148,32 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="tune.csv")
     base = parser.parse_args()
-    plain = settings(base.reference_arm, base)
+    shared = ["--dataset", base.dataset, "--data-root", base.data_root]
+    shared += ["--limit", str(base.limit)] if base.limit else []
+    shared += ["--image-size", str(base.image_size)] if base.image_size else []
+    plain, sampling = make_arm(base.reference_arm, shared), SamplerSettings(base.sampler, base.steps)
     classifier, _, _ = ddpm.load_network(base.classifier, plain.device, ("classifier",))
-    judge, n = analysis.Judge(classifier, plain.device), min(base.samples, len(plain.data.images) // 2)
-    reference = analysis.make_reference(plain.data, judge, n, 0)
+    evaluator = analysis.Evaluator(classifier, plain.device, classifier.head.in_features)
+    n = min(base.samples, len(plain.images) // 2)
+    first, second = analysis.real_halves(plain, evaluator, n, 0)
+    real, others = (evaluator.features(plain.images[half]) for half in (first, second[:n]))
     for flags in base.arm:
-        args = settings(flags, base)
-        seconds = seconds_a_step(args, plain, base.reference)
+        arm = make_arm(flags, shared)
+        seconds = seconds_a_step(arm, plain, base.reference)
         steps = max(1, round(60 * base.minutes / seconds))
-        for args.seed in range(base.seeds):
-            net, diffusion = make(args)
-            loader = Budget(
-                args.data.images, args.batch_size, args.device, None, args.flip, args.seed, steps=steps
-            )
-            keep = ("lr", "warmup", "weight_decay", "clip_grad", "ema_decay", "compile", "seed")
-            bf16 = ddpm.use_bf16(args.precision, args.device, vars(args))
-            options = {key: getattr(args, key) for key in keep} | {"epochs": 1, "bf16": bf16}
-            with tempfile.TemporaryDirectory() as folder:
-                ema = ddpm.train(net, diffusion.loss, loader, Path(folder), **options)
-            row = {"arm": flags or "the defaults", "dataset": args.dataset, "minutes": base.minutes}
-            row |= {"parameters": sum(p.numel() for p in net.parameters()), "seed": args.seed}
-            row |= {"ms a step": round(1000 * seconds, 2), "steps": steps, "images": steps * args.batch_size}
-            how = (args, judge, reference, base.sampler, base.steps, n)
-            row |= {key: round(value, 4) for key, value in judged(ema.net, diffusion, *how).items()}
-            floor = analysis.frechet_distance(reference.floor_features, reference.features)
-            row |= {"floor": round(floor, 4)}
-            new = not Path(base.out).exists()
-            with open(base.out, "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                _ = new and writer.writeheader()
-                writer.writerow(row)
+        for seed in range(base.seeds):
+            arm.command[MachineSettings].seed = seed
+            net, diffusion = trained(arm, steps)
+            row = {"arm": flags or "the defaults", "dataset": base.dataset, "minutes": base.minutes}
+            row |= {"parameters": sum(p.numel() for p in net.parameters()), "seed": seed}
+            row |= {"ms a step": round(1000 * seconds, 2), "steps": steps}
+            row |= {"images": steps * arm.command["batch_size"]}
+            found = judged(net, diffusion, arm, evaluator, real, sampling, n)
+            found |= {"floor": frechet_distance(others, real)}
+            row |= {key: round(value, 4) for key, value in found.items()}
+            add_row(Path(base.out), row)
             print(row, flush=True)
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(main)

@@ -1,0 +1,109 @@
+"""Images are decoded once and kept in one file, from which a large data set is mapped into memory."""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .errors import note
+from .files import replacing
+from .images import Picture, try_to_read
+from .scenes import BACKGROUNDS, COLOURS, SHAPES, Scene
+
+CHUNK = 4096  # images decoded before they are written
+MAPPED = 2**28  # bytes from which on a set is mapped; a smaller one is read, and its file may then change
+Pictures = Sequence[Picture] | np.ndarray  # an array is uint8 (N, h, w) or (N, h, w, 1 or 3)
+
+
+def fingerprint(images: Pictures, root: Path | None) -> str:
+    """A hash of what the pixels are made from: arrays, scenes, or files (path below `root`, size, times)."""
+    state = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    digest = hashlib.sha256(b"1")  # raise this number when read_image or Scene changes what it returns
+    if getattr(images, "filename", None):  # a mapped file, which may be huge
+        digest.update(" ".join(map(str, state(os.stat(images.filename)))).encode())
+    elif isinstance(images, np.ndarray):
+        digest.update(f"{images.shape}".encode())
+        digest.update(np.ascontiguousarray(images))
+    elif isinstance(images[0], Scene):
+        digest.update(repr((images, COLOURS, BACKGROUNDS, SHAPES)).encode())
+    else:
+        for path in images:  # metadata.jsonl may list files that do not exist
+            found = state(os.stat(path)) if os.path.exists(path) else None
+            digest.update(f"{os.path.relpath(path, root)} {found}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator[tuple]:
+    """The images that can be read, in chunks: (M, C, size, size) uint8, and their M positions."""
+    read = partial(try_to_read, size=size, channels=channels)
+    pool = ThreadPoolExecutor(workers)  # threads: Pillow decodes and resizes outside Python's lock
+    try:
+        with tqdm(desc="decoding", total=len(images), unit="img", leave=False) as bar:
+            for start in range(0, len(images), CHUNK):
+                chunk, kept = np.empty((CHUNK, channels, size, size), np.uint8), []
+                for i, image in enumerate(pool.map(read, images[start : start + CHUNK]), start):
+                    bar.update()
+                    if image is not None:
+                        chunk[len(kept)] = image
+                        kept.append(i)
+                yield chunk[: len(kept)], kept
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
+
+
+def decoded(images: Pictures, cache_file: Path, size: int, channels: int, workers: int) -> tuple:
+    """The images that can be read, (M, C, size, size) uint8, and their positions (M,).
+
+    They come from `cache_file`, written first if need be; a large set is mapped and may be larger than the
+    memory. Where the file can't be written, they are held in memory.
+    """
+    shape = (len(images), channels, size, size)
+    if found := read_cache(cache_file, shape):
+        return found
+    try:
+        write_cache(cache_file, shape, decode(images, size, channels, workers))
+        if found := read_cache(cache_file, shape):
+            return found
+    except OSError as error:
+        note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
+    chunks, kept = zip(*decode(images, size, channels, workers), strict=True)
+    return np.concatenate(chunks), np.concatenate(kept).astype(np.int64)
+
+
+def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple]) -> None:
+    """Write an .npy file of that shape (decoded images, then zeros), and after it one of their positions."""
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    with replacing(cache_file) as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for images, positions in chunks:
+            file.write(images.tobytes())
+            kept += positions
+        file.seek((shape[0] - len(kept)) * math.prod(shape[1:]), os.SEEK_CUR)  # leaves zeros
+        np.save(file, np.array(kept, dtype=np.int64))
+
+
+def read_cache(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """What write_cache wrote, a large set mapped into memory; None where it is missing or damaged."""
+    try:
+        images = np.load(cache_file, mmap_mode="c", allow_pickle=False)  # "c": PyTorch wants it writable
+        with open(cache_file, "rb") as file:
+            file.seek(images.offset + images.nbytes)
+            kept = np.load(file, allow_pickle=False)
+        if images.shape != shape or images.dtype != np.uint8:
+            raise ValueError
+        images = images[: len(kept)]
+        return (images if images.nbytes > MAPPED else np.array(images)), kept
+    except FileNotFoundError:
+        return None
+    except Exception:  # cut short or damaged, in one of many ways
+        note(f"{cache_file} is damaged and is made anew")
+        return None

@@ -1,0 +1,127 @@
+"""Stanford Cars (Krause et al. 2013) in each of the layouts in which people have it."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError, note
+from .files import read_csv
+from .images import class_folders, image_files, labelled_folders
+
+LAYOUTS = """accepted, each under --data-root or in a sub-folder of it whose name contains "car":
+  torchvision              Kaggle, by classes            Kaggle, doubled          by classes
+  cars_train/00001.jpg     names.csv                     cars_train/              train/
+  devkit/                  anno_train.csv                  cars_train/00001.jpg     <Class name>/*.jpg
+    cars_meta.mat          car_data/car_data/            devkit/                  test/
+    train_perfect_preds.txt  train/<Class name>/*.jpg                               <Class name>/*.jpg
+                             test/<Class name>/*.jpg
+get it (its original address is gone) with one of
+  kaggle datasets download -d jutrera/stanford-car-dataset-by-classes-folder --unzip -p data/stanford_cars
+  kaggle datasets download -d rickyyyyyyy/torchvision-stanford-cars --unzip -p data"""
+
+
+def caption(name: str) -> str:
+    """A caption for a class: "Audi TT RS Coupe 2012" gives "a photo of a 2012 Audi TT RS Coupe"."""
+    return "a photo of a " + re.sub(r"^(.*) (\d{4})$", r"\2 \1", name)
+
+
+def captions(labels: Sequence[int] | None, class_names: Sequence[str] | None) -> list[str] | None:
+    """A caption for each label; None where labels or the name of a class are not known."""
+    names = [class_names[k] for k in labels or ()]
+    unknown = not names or any(re.fullmatch(r"class \d+", name) for name in names)
+    return None if unknown else [caption(name) for name in names]
+
+
+def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] | None, list[str] | None]:
+    """The folder of the cars, their files, and their labels and class names if these are known.
+
+    Labels are the official class numbers less 1 by names.csv, anno_*.csv or the devkit, else the positions of
+    the class folders in alphabetical order. UserError without cars, or for a car without an official class.
+    """
+    folder, near = find_images(root, split)
+    files, labels, folders = labelled_folders(folder)
+    official, flat = official_names(near), image_files(folder)
+    if len(flat) > len(files):
+        files, labels, folders = flat, None, None
+    elif official:  # labels by folder name
+        number_of = {key(name): k for k, name in enumerate(official)}
+        if unknown := [name for name in folders if key(name) not in number_of]:
+            raise UserError(
+                f"{folder / unknown[0]} is no class of names.csv or the devkit: rename or move it"
+            )
+        return folder, files, [number_of[key(folders[k])] for k in labels], official
+    numbers = labels_by_file(files, near, split)
+    if not numbers:
+        return folder, files, labels, folders
+    if not official:  # class names by folder
+        name_of = dict(zip(numbers, (folders[k] for k in labels), strict=True)) if folders else {}
+        official = [name_of.get(k, f"class {k + 1}") for k in range(max(195, *numbers) + 1)]
+    return folder, files, numbers, official
+
+
+def find_images(root: Path, split: str) -> tuple[Path, list[Path]]:
+    """The folder of the images, and the folders where names.csv or devkit/ may be; else UserError."""
+    root, flat = root.absolute(), f"cars_{split}"
+    inner = {flat, split, "car_data"}  # --data-root may be one of the layout's own folders
+    top = next(p for p in (root, *root.parents) if p.name not in inner)
+    bases = [root, *(f for f in class_folders(root) if "car" in f.name.lower())]
+    bases += [root.parent] if root.name in inner else []
+    parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
+    candidates = [base / part for part in parts for base in bases]
+    for images in candidates:
+        if image_files(images) or labelled_folders(images)[0]:
+            return images, [p for p in (images, *images.parents) if p.is_relative_to(top)]
+    shown = "\n".join(f"  {p}" for p in candidates)
+    raise UserError(f"no Stanford Cars ({split} split) under {root}; looked at\n{shown}\n{LAYOUTS}")
+
+
+def key(name: str) -> str:
+    """A class name to compare by: "Ram C/V" is the folder "Ram C-V", as folder names have no slash."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+def official_names(near: list[Path]) -> list[str] | None:
+    """The class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat, or None."""
+    if path := find_file(near, "names.csv"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip().strip('"') for line in lines if line.strip()]
+    names = read_mat(find_file(near, "cars_meta.mat"), "class_names")
+    return names and [str(name) for name in names]
+
+
+def find_file(near: list[Path], name: str) -> Path | None:
+    """The nearest file of that name, in one of the folders or in a devkit in it."""
+    places = [place / kit / name for place in near for kit in ("", "devkit", "car_devkit/devkit")]
+    return next((p for p in places if p.is_file()), None)
+
+
+def read_mat(path: Path | None, variable: str) -> list | None:
+    """The entries of an array in a MATLAB file; None without the file or without scipy."""
+    try:
+        if path:
+            from scipy.io import loadmat
+
+            return list(loadmat(str(path), squeeze_me=True)[variable])
+    except ImportError:
+        note(f"{path.name} was not read: that takes `pip install scipy`")
+    except Exception as error:  # scipy raises almost anything on a file that is no MATLAB file
+        note(f"{path} can't be read ({error}) and is left out")
+
+
+def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int] | None:
+    """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or a .mat."""
+    annotations = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+    if path := find_file(near, f"anno_{split}.csv"):  # file name, box, class number
+        number_of = {Path(row[0]).stem: int(row[-1]) for row in read_csv(path) if row[-1].strip().isdigit()}
+    elif split == "train" and (path := find_file(near, "train_perfect_preds.txt")):  # line i is of image i
+        lines = path.read_text(errors="replace").split()
+        if not all(line.isdecimal() for line in lines):
+            raise UserError(f"{path} should hold one class number a line, and nothing else")
+        number_of = {f"{i:05d}": int(k) for i, k in enumerate(lines, start=1)}
+    elif rows := read_mat(path := find_file(near, annotations), "annotations"):
+        number_of = {Path(str(row["fname"])).stem: int(row["class"]) for row in rows}
+    else:
+        return None
+    if unknown := [p for p in files if p.stem not in number_of]:
+        raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {path}: move them away")
+    return [number_of[p.stem] - 1 for p in files]

@@ -1,0 +1,184 @@
+"""Charts and tables of a study, their CSV files, a report as a PDF. Only charts and PDFs need matplotlib."""
+
+import io
+import math
+import shlex
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .errors import UserError
+from .files import new_path, replacing, write_csv
+from .pictures import join, save_picture
+
+Row = dict[str, object]  # of a table, by column
+Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
+
+
+@dataclass
+class Panel:  # axes of a chart
+    title: str
+    x_label: str
+    y_label: str
+    curves: Curves
+    log: str = ""  # which axes are logarithmic: "", "x", "y" or "xy"
+    kind: str = "line"  # or "points", "arrows"
+    bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # of x, shaded; x then falls
+    x_from: float = -math.inf  # points at a smaller x are in the CSV alone
+
+
+@dataclass
+class Chart:
+    panels: list[Panel]  # side by side; those without curves are left out
+    columns: int = 3
+
+
+@dataclass
+class Result:  # of a study
+    figure: list[Image.Image | Chart]  # from top to bottom
+    rows: list[Row]
+    folder: Path = Path("runs/analysis")  # where it is kept unless --out says otherwise
+    notes: Sequence[str] = ()  # how to read the table, printed below it
+
+
+def curves(rows: Sequence[Row], by: str, x: str, y: str) -> Curves:
+    """y over x from a table, a curve for each value in the column `by`; rows without x or y are left out."""
+    found: dict[str, list] = {}
+    for row in rows:
+        if row.get(x) is not None and row.get(y) is not None:
+            found.setdefault(str(row[by]), []).append((float(row[x]), float(row[y])))
+    return {name: tuple(zip(*points, strict=True)) for name, points in found.items()}
+
+
+def new_figure(width: float, height: float, **options):
+    """A figure of matplotlib's, in inches; UserError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("charts were left out, for they need matplotlib: pip install matplotlib") from None
+    return Figure(figsize=(width, height), dpi=100, **options)
+
+
+def draw_chart(chart: Chart) -> Image.Image:
+    """The chart as a picture; UserError without matplotlib."""
+    panels = [panel for panel in chart.panels if panel.curves]
+    columns = min(chart.columns, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = new_figure(4.4 * columns, 3.5 * rows, layout="constrained")
+    for i, ax in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        draw_panel(ax, panels[i]) if i < len(panels) else ax.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def draw_panel(ax, panel: Panel) -> None:
+    """Draw a panel on matplotlib's axes."""
+    for name, columns in panel.curves.items():
+        drawn = [point for point in zip(*columns, strict=True) if point[0] > panel.x_from]
+        columns = tuple(zip(*drawn, strict=True)) or columns
+        if panel.kind == "arrows":
+            ax.quiver(*columns, angles="xy", width=0.004, color="gray")
+        elif panel.kind == "points":
+            ax.plot(*columns, ".", markersize=1.5, label=name)
+        else:
+            ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", linewidth=1.3, label=name)
+    ax.set(**{f"{axis}scale": "log" for axis in panel.log})
+    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.grid(alpha=0.3)
+    low, high = sorted(ax.get_xlim())
+    for (name, (start, end)), shade in zip(panel.bands.items(), ("0.78", "0.88", "0.97"), strict=False):
+        left, right = max(low, start), min(high, end)
+        if left < right:
+            ax.axvspan(left, right, color=shade, zorder=-1, linewidth=0)
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7}
+            ax.text((left * right) ** 0.5, 0.98, name, **place)
+    if panel.bands:
+        ax.set_xlim(high, low)
+    if len(panel.curves) > 1:
+        ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1)
+
+
+def chart_numbers(figure: Sequence[Image.Image | Chart]) -> list[Row]:
+    """The numbers behind the charts, a row a point."""
+    panels = [panel for part in figure if isinstance(part, Chart) for panel in part.panels]
+    lines = [(panel.title, name, points) for panel in panels for name, points in panel.curves.items()]
+    return [
+        {"chart": title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}
+        for title, name, points in lines
+        for point in zip(*points, strict=True)
+    ]
+
+
+def table(rows: Sequence[Row], digits: int = 4) -> list[list[str]]:
+    """A table's cells, its header first: every column that some row has; None as an empty cell."""
+
+    def cell(value: object) -> str:
+        if value is None or isinstance(value, (str, int)):
+            return "" if value is None else str(value)
+        return f"{float(value):.{digits}g}"
+
+    header = list(dict.fromkeys(column for row in rows for column in row))
+    return [header, *([cell(row.get(column)) for column in header] for row in rows)]
+
+
+def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text with the cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | None, UserError | None]:
+    """Write a study's files under free names, print its table; -> its figure, and why charts are not in it."""
+    folder, missing = Path(out) if out else result.folder, None
+    folder.mkdir(parents=True, exist_ok=True)
+    stems = (folder / study, *(folder / f"{study}_{i}" for i in range(2, 10**6)))
+    ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv"}
+    stem = next(s for s in stems if not any(Path(f"{s}{end}").exists() for end in ends.values()))
+    files = {kind: Path(f"{stem}{end}") for kind, end in ends.items()}
+    for kind, rows in (("table", result.rows), ("curves", chart_numbers(result.figure))):
+        if rows:
+            write_csv(files[kind], table(rows, digits=6))
+    try:
+        pictures = [draw_chart(part) if isinstance(part, Chart) else part for part in result.figure]
+    except UserError as error:
+        missing, pictures = error, [part for part in result.figure if not isinstance(part, Chart)]
+    if figure := join(pictures) if pictures else None:
+        save_picture(figure, files["figure"])
+    print("\n".join([*aligned(table(result.rows)), *result.notes]))
+    print("\n".join(f"{kind:7s} {shlex.quote(str(file))}" for kind, file in files.items() if file.exists()))
+    return figure, missing
+
+
+def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[Row]):
+    """A page of a report on A4: how to read a study, its figure, its table as far as it fits."""
+    width, height, margin, lines = 8.27, 11.69, 0.06, textwrap.wrap(text, 105)  # inches; a share of them
+    page, wide, top = new_figure(width, height), 1 - 2 * margin, 0.92 - 0.0155 * len(lines)
+    page.text(margin, 0.95, title, fontsize=18)
+    page.text(margin, 0.935, "\n".join(lines), fontsize=9, va="top", linespacing=1.4)
+    if figure is not None:
+        tall = min(wide * width / height * figure.height / figure.width, 2 / 3 * top)
+        place = page.add_axes((margin, top - tall, wide, tall), frame_on=False, xticks=[], yticks=[])
+        place.imshow(figure, interpolation="none")
+        top -= tall + 0.015
+    lines = aligned(table(rows))
+    size = min(8.0, wide * width * 72 / (0.61 * max(map(len, lines))))  # in points: as wide as fits
+    fit = int((top - 0.03) * height * 72 / (1.35 * size))
+    if len(lines) > fit:
+        lines = [*lines[: fit - 1], f"... and {len(lines) - fit + 1} rows more in the CSV"]
+    page.text(margin, top, "\n".join(lines), fontsize=size, family="monospace", va="top", linespacing=1.2)
+    return page
+
+
+def write_report(path: Path, pages: Sequence) -> Path:
+    """Write pages as a PDF, under that name or the next free one."""
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    path = new_path(path, ".pdf")
+    with replacing(path) as file, PdfPages(file) as pdf:
+        for page in pages:
+            pdf.savefig(page)
+    return path

@@ -1,0 +1,111 @@
+"""Errors of one line with exit status 2, notes, and signals that stop a run between two steps."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is one clear line that says how."""
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was stopped by a signal, and saved."""
+
+
+def note(message: str) -> None:
+    """Tell the user of something that does not stop the work."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so: that of a GPU, Python's own, or what PyTorch says of the CPU's memory."""
+    named = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of ours could not be reached."""
+    names = ("gloo", "nccl", "connection closed", "connection reset", "c10d")
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return together and any(name in str(error).lower() for name in names)
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets, to stop between two steps; a second one cuts in."""
+    stop = threading.Event()
+
+    def handle(signum: int, frame: object) -> None:
+        if stop.is_set() and signum == signal.SIGTERM and "LOCAL_RANK" in os.environ:
+            return  # torchrun passes on a Ctrl-C that its processes have had from the terminal
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2.
+
+    Of several processes on a machine the first one prints; the others print only errors of their own.
+    """
+    name, silent = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) > 0
+
+    def fail(message: str, silent: bool = False) -> int:
+        if not silent:
+            print(f"{name}: error: {message}", file=sys.stderr)
+        return 2
+
+    try:
+        with ExitStack() as quiet:
+            if silent:
+                nowhere = quiet.enter_context(open(os.devnull, "w"))
+                quiet.enter_context(redirect_stdout(nowhere))
+                quiet.enter_context(redirect_stderr(nowhere))
+            main()
+    except LostProcess as error:
+        os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
+    except UserError as error:
+        sys.exit(fail(str(error), silent))
+    except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            os._exit(fail("another process has ended, and so does this one", silent))
+        if not is_out_of_memory(error):
+            raise
+        lower = "lower --batch-size; a training run also takes --accumulate PARTS and --checkpointing"
+        sys.exit(fail(f"out of memory: {lower}"))
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
+    except KeyboardInterrupt:
+        if not silent:
+            print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,146 @@
+"""A training run from its settings to its last sample grid."""
+
+import shlex
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import runs
+from .defaults import default_network
+from .errors import UserError, note
+from .files import digest
+from .loader import Loader
+from .machine import MachineSettings, get_device, to_device
+from .processes import Processes, join_processes
+from .settings import Command
+from .trainer import Trainer, TrainingSettings
+
+
+@dataclass
+class Task:
+    """What a run trains: a network, its loss over images and y, and how to look at it on the way."""
+
+    kind: str  # of checkpoint
+    net: torch.nn.Module
+    loss: Callable[..., Tensor]  # loss(net, x_0, y, generator) -> scalar
+    preview: Callable[[torch.nn.Module, int, Path], object]  # preview(net, epoch, file to write)
+    average: Callable  # average(net, decay): the average of its weights
+    images: Tensor  # (N, C, H, W) uint8
+    y: Tensor | None = None  # (N, ...) labels, or captions as tokens
+    keep: dict = field(default_factory=dict)  # further entries of the checkpoint
+    use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
+    used_by: str | None = None  # the script that they are flags of, if not the one that trains
+
+
+def load_data(command: Command, get_data: Callable, narrow: bool):
+    """The data set, after which the settings that depend on it are settled.
+
+    UserError for an image size that does not fit the network; a note for a batch larger than the set.
+    """
+    options = {key: command[key] for key in ("image_size", "channels", "limit", "workers", "cache_dir")}
+    load = partial(get_data, command["dataset"], command["data_root"], "train", **options)
+    data = None if options["image_size"] else load()
+    size, multipliers = options["image_size"] or data.images.shape[-1], command["multipliers"]
+    if command["attention"] is None and multipliers:
+        command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
+    defaults = default_network(size, narrow)
+    command.settle({name: value for name, value in defaults.items() if command[name] is None}, typed=True)
+    levels = len(command["multipliers"])
+    divisor = 2 ** (levels - 1)
+    if size % divisor:
+        below = size // divisor * divisor
+        near = f"{below} or {below + divisor}" if below else f"{divisor}"
+        needed = f"not divisible by {divisor}, as {levels} levels need it"
+        raise UserError(f"--image-size {size} is {needed}: try {near}")
+    data = data or load()
+    epochs, flip = command["epochs"] or 80, data.flip if command["flip"] is None else command["flip"]
+    known = {"image_size": size, "channels": data.images.shape[1], "epochs": epochs, "flip": flip}
+    known["preview_every"] = command["preview_every"] or max(1, epochs // 4)
+    command.settle(known, typed=True)
+    if command["batch_size"] > len(data.images):
+        note(f"the data set, {len(data.images)} images, is smaller than --batch-size: it is the batch")
+    return data
+
+
+def run_training(
+    command: Command, get_data: Callable, narrow: set[str], tasks: dict, train: Callable, kinds: Sequence[str]
+) -> None:
+    """Train as the settings say, in a new folder under --runs, or go on with --resume's.
+
+    `tasks[name](command, data, device)` gives a Task, `train(loss, trainer)` is the loop; data sets in
+    `narrow` take a narrow network; `kinds` are the kinds of checkpoints that may be resumed.
+    """
+    machine, training, place = command[MachineSettings], command[TrainingSettings], command[runs.RunSettings]
+    device = get_device(machine.device)
+    processes = join_processes(device)
+    resume = runs.load_checkpoint(place.resume, *kinds) if place.resume else None
+    if resume:
+        command.take_from(resume["config"])
+        command.check()
+    dataset = command["dataset"]
+    with processes.in_turns() if processes.count > 1 else nullcontext():
+        data = load_data(command, get_data, dataset in narrow)
+    torch.manual_seed(machine.seed)
+    task = tasks[command["task"]](command, data, device)
+    if max(processes.count, training.accumulate) > 1:
+        check_shares(processes.count, training, len(task.images))
+    config, net = command.config(), to_device(task.net, device)
+    known = digest(task.images) + ("" if task.y is None else digest(task.y))
+    keep = {"config": config, "class_names": data.class_names, "data": known, **task.keep}
+    flip, batch_size = command["flip"], training.batch_size
+    loader = Loader(task.images, batch_size, device, task.y, flip, machine.seed, processes)
+    wanted = Path(place.runs) / (place.name or f"{task.kind}_{dataset}")
+    if resume:
+        wanted = runs.checkpoint_file(place.resume).parent
+        runs.check_resumable(place.resume, resume, keep, training.epochs, loader.batches)
+    run = runs.open_run(wanted, resume is not None, config, processes)
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
+    several = f", {processes.count} processes" if processes.count > 1 else ""
+    print(f"data     {dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}")
+    print(f"network  {parameters:.2f} M parameters, on {device}{several}\nresults  in {run}/")
+
+    def preview(net: torch.nn.Module, epoch: int) -> None:
+        task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
+
+    trainer = Trainer(net, task.average, loader, run, training, machine, preview)
+    trainer.keep = {"kind": task.kind, **keep}
+    if resume:
+        trainer.resume(resume)
+    with runs.resumable(run):
+        train(task.loss, trainer)
+    if processes.rank == 0:
+        finish(task, run, training.epochs, lambda: preview(trainer.ema.net, training.epochs))
+
+
+def finish(task: Task, run: Path, epochs: int, preview: Callable) -> None:
+    """Print where the results of a run are, and the command that uses it."""
+    last_grid = run / "samples" / f"epoch_{epochs:04d}.png"
+    if not last_grid.is_file():  # the run was killed after its last step
+        preview()
+    for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
+        print(f"{name:10s}  {shlex.quote(str(path))}")
+    print(f"use it with\n  {runs.command_line(*task.use, run, script=task.used_by)}")
+
+
+def check_shares(processes: int, training: TrainingSettings, images: int) -> None:
+    """UserError where a process, or a part of a batch, would get no image."""
+    batch = min(training.batch_size, images)
+    if processes > batch:
+        raise UserError(f"{processes} processes for a batch of {batch} images: lower --nproc_per_node")
+    if training.accumulate > batch // processes:
+        each = "" if processes == 1 else f" for each of {processes} processes"
+        parts = f"--accumulate {training.accumulate} parts of {batch // processes} images{each}"
+        raise UserError(f"{parts}: ask for fewer")
+
+
+def join_sampling(device: torch.device, output: runs.OutputSettings) -> Processes:
+    """The processes that sample; UserError where there are several and no --out, which they need."""
+    processes = join_processes(device)
+    if processes.count > 1 and not output.out:
+        raise UserError("several processes sample into a folder: add --out DIR")
+    return processes

@@ -1,0 +1,151 @@
+"""The device, the precision and the compilation of a network, and progress bars."""
+
+import os
+import sys
+from collections.abc import Callable, Container
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from .errors import UserError, first_line, is_out_of_memory, note
+from .settings import setting, settings, whole
+
+PRECISIONS = ["auto", "fp32", "bf16"]
+
+
+@settings(sample=True)
+class MachineSettings:
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", "NAME", resume=True)
+    seed: int = setting(0, "seed of all random draws", "N", whole(0, 2**63 - 1))
+    precision: str = setting(
+        "auto", "%(choices)s; auto is bf16 where it is faster", "NAME", choices=PRECISIONS, resume=True
+    )
+    compile: bool = setting(False, "torch.compile the network: slower to start, then faster", resume=True)
+
+
+def get_device(name: str = "auto") -> torch.device:
+    """The device of that name, "auto" being the best of cuda, mps and cpu; UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind, _, index = name.partition(":")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if kind == "cuda" and available["cuda"] and here > 1:  # of several processes on a machine each has a GPU
+        if index:
+            raise UserError(f"{here} processes can't share {name}: leave the number out, each takes its own")
+        if here > gpus:
+            raise UserError(f"{here} processes for {gpus} GPUs: lower --nproc_per_node, or use --device cpu")
+        index = os.environ["LOCAL_RANK"]
+        name = f"cuda:{index}"
+    if kind not in available or (index and not index.isdigit()):
+        raise UserError(f"unknown device {name!r}: choose auto, cpu, cuda, cuda:1, ... or mps")
+    if not available[kind] or (kind == "cuda" and int(index or 0) >= gpus):
+        raise UserError(f"device {name!r} is not available on this machine: use --device auto or cpu")
+    if kind == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where there is such a unit
+        torch.backends.cudnn.benchmark = True  # all batches but the last of an epoch have one shape
+        if index:
+            torch.cuda.set_device(int(index))  # CUDA graphs are recorded on the current device
+    return torch.device(name)
+
+
+def free_memory(device: torch.device) -> float:
+    """The free bytes of a GPU, or all bytes of the CPU's memory; 8 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8e9
+
+
+def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The network on its device, with channels last in memory, which convolutions of CPUs and CUDA prefer."""
+    order = torch.preserve_format if device.type == "mps" else torch.channels_last
+    return net.to(device, memory_format=order)
+
+
+def use_bf16(precision: str, device: torch.device, net: torch.nn.Module) -> bool:
+    """Whether to compute in bfloat16: where the chip has it, and on a CPU a layer is wide enough to gain."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # what a CPU may have for it
+    has_it = any(getattr(torch.cpu, question, bool)() for question in questions)
+    widest = max((m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)), default=0)
+    return device.type == "cpu" and widest >= 256 and has_it
+
+
+def compile_forward(net: torch.nn.Module, graphs: bool) -> None:
+    """Compile a network in place, with CUDA `graphs` or without; a note where that fails."""
+    plain = net.forward
+    compiled = torch.compile(plain, mode="reduce-overhead" if graphs else None, dynamic=False)
+
+    def forward(*inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal compiled
+        if compiled is None:
+            return plain(*inputs)
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
+        try:
+            out = compiled(*inputs)
+        except Exception as error:  # of the compiler and of the tools it calls: there are many
+            if is_out_of_memory(error):
+                raise
+            note(f"--compile failed and is left out: {first_line(error)}")
+            compiled = None
+            return plain(*inputs)
+        return out.clone() if graphs and not torch.is_grad_enabled() else out  # a sampler may keep it
+
+    net.forward = forward
+
+
+def autocast_forward(net: torch.nn.Module, device: torch.device) -> None:
+    """Let a network compute in bfloat16, in place."""
+    net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+
+
+def recompute_activations(net: torch.nn.Module) -> None:
+    """Let the blocks with `recompute` keep no activations for the backward pass, but compute them again."""
+    for block in net.modules():
+        if getattr(block, "recompute", False):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def speed_up_sampling(net: torch.nn.Module, machine: MachineSettings, device: torch.device) -> None:
+    """Make a trained network sample faster, in place: in bfloat16 where that gains, compiled if asked for."""
+    if use_bf16(machine.precision, device, net):
+        for module in net.modules():  # weights once, and not at every step; norms stay in float32
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.to(torch.bfloat16)
+        autocast_forward(net, device)
+    if machine.compile:
+        compile_forward(net, graphs=device.type == "cuda")
+
+
+def progress(what: str, total: float | None = None, unit: str = "image") -> tqdm:
+    """A progress bar; without a total it counts."""
+    every = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, mininterval=every, leave=False)
+
+
+class Watched:
+    """A function f(x, t) of images x (B, C, H, W) and times t (B,) that counts its `evaluations`.
+
+    t falls from T to 0 while images are made, by any number of evaluations, so `bar`, in images, follows t.
+    At those t that are in `keep` x is kept, in `kept`.
+    """
+
+    def __init__(self, f: Callable, T: int, bar: tqdm | None = None, keep: Container[int] = ()):
+        self.f, self.T, self.bar, self.keep = f, T, bar, keep
+        self.reached, self.evaluations, self.kept = T, 0, {}
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        time, self.evaluations = int(t[0]), self.evaluations + 1
+        if time in self.keep and time not in self.kept:
+            self.kept[time] = x.cpu()
+        if self.bar is not None and time < self.reached:
+            self.bar.update((self.reached - time) / self.T * len(x))
+            self.reached = time
+        return self.f(x, t)

@@ -1,0 +1,105 @@
+"""Pictures of pictures: grids with captions, GIFs, and folders of samples."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import replacing
+from .images import to_pictures
+
+LINE = 16  # pixels from one line of text to the next
+GAP = 2  # pixels between two images
+
+
+def make_grid(
+    x: torch.Tensor,
+    caption: str = "",
+    columns: int | None = None,
+    rows: Sequence[str] = (),
+    heads: Sequence[str] = (),
+) -> Image.Image:
+    """Images in [-1, 1] (B, C, H, W) side by side, about square unless `columns` is given, under a caption.
+
+    Small images are enlarged by a whole number, so that their pixels can be seen. `rows` are written beside
+    the rows, `heads` above equal shares of the columns.
+    """
+    columns = columns or math.ceil(len(x) ** 0.5)
+    height, width = x.shape[-2:]
+    zoom = max(1, round(64 / max(height, width)))
+    cell_w, cell_h = width * zoom + GAP, height * zoom + GAP
+    left = row_label_width(rows, cell_h)
+    lines = wrap(caption, left + columns * cell_w - 2 * GAP)
+    span = columns * cell_w // max(1, len(heads))  # pixels under one head
+    head_lines = [wrap(head, span) for head in heads]
+    top = GAP + LINE * (len(lines) + max(map(len, head_lines), default=0))
+    bottom = top + math.ceil(len(x) / columns) * cell_h
+    grid = Image.new("RGB", (left + columns * cell_w + GAP, bottom + (GAP if lines else 0)), "white")
+
+    def write(texts: list[str], x: int, y: int) -> None:
+        for i, text in enumerate(texts):
+            ImageDraw.Draw(grid).text((x, y + LINE * i), text, "black", font())
+
+    write(lines, 2 * GAP, GAP)
+    for i, texts in enumerate(head_lines):
+        write(texts, left + GAP + i * span, GAP + LINE * len(lines))
+    for i, row in enumerate(rows):
+        write(wrap(row, left - 4 * GAP), 2 * GAP, top + i * cell_h + GAP)
+    for i, picture in enumerate(to_pictures(x)):
+        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        grid.paste(picture, (left + GAP + i % columns * cell_w, top + i // columns * cell_h))
+    return grid
+
+
+def row_label_width(rows: Sequence[str], height: int) -> int:
+    """The pixels needed beside rows of that height for the longest of their labels; 0 without labels."""
+    fits = (
+        w
+        for w in range(20, 10**5, 10)
+        if all(LINE * len(wrap(row, w)) <= height for row in rows)
+        and all(font().getlength(line) <= w for row in rows for line in wrap(row, w))
+    )
+    return next(fits) + 8 if any(rows) else 0
+
+
+@cache
+def font() -> ImageFont.ImageFont:
+    return ImageFont.load_default()
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
+    lines = []
+    for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
+        if lines and font().getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def join(pictures: Sequence[Image.Image], across: bool = False, gap: int = 8) -> Image.Image:
+    """Pictures on white, below each other or `across`, side by side."""
+    sizes = [(p.width, p.height) if across else (p.height, p.width) for p in pictures]
+    along, wide = sum(size + gap for size, _ in sizes) - gap, max(size for _, size in sizes)
+    sheet, place = Image.new("RGB", (along, wide) if across else (wide, along), "white"), 0
+    for picture, (size, _) in zip(pictures, sizes, strict=True):
+        sheet.paste(picture, (place, 0) if across else (0, place))
+        place += size + gap
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path, **options) -> Path:
+    """Write a Pillow image in one step, in the format of its suffix; -> the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        picture.save(file, format=path.suffix[1:].upper(), **options)
+    return path
+
+
+def save_grid(path: Path, *grid, **options) -> None:
+    """Write a grid, made by make_grid(*grid, **options)."""
+    save_picture(make_grid(*grid, **options), path)

@@ -1,0 +1,164 @@
+"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32.
+
+A folder holds config.json and weights, .safetensors or .bin, of a network that is our UNet under other names.
+"""
+
+import os
+import re
+from json import dumps
+from pathlib import Path
+
+import torch
+
+from .errors import UserError, first_line
+from .files import read_json
+
+PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+NAMES = (  # a pattern in their names, and the text for it in ours; attention has new and old names
+    *((r"^time_embedding\.linear_1", "time_mlp.0"), (r"^time_embedding\.linear_2", "time_mlp.2")),
+    *((r"_blocks\.", "."), (r"\.(\d+)\.(down|up)samplers\.0", r"sample.\1"), (r"^mid_block", "middle")),
+    *((r"resnets\.(\d+)", r"\1.block"), (r"\.time_emb_proj", ".time"), (r"\.conv_shortcut", ".shortcut")),
+    *((r"attentions\.(\d+)", r"\1.attention"), (r"\.group_norm", ".norm"), (r"^conv_norm_out", "norm_out")),
+    *((r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r".\1."), (r"\.(to_out\.0|proj_attn)\.", ".out.")),
+)
+
+
+def is_count(value: object, divisor: int = 1) -> bool:
+    return type(value) is int and 0 < value < 2**16 and value % divisor == 0
+
+
+def are_widths(value: object, config: dict) -> bool:
+    """Whether these are the channels of 1 to 16 levels: multiples of the first and of norm_num_groups."""
+    levels, groups = isinstance(value, list) and 0 < len(value) <= 16, config["norm_num_groups"]
+    return levels and all(is_count(width, groups) and is_count(width, value[0]) for width in value)
+
+
+def are_types(value: object, config: dict) -> bool:
+    """Whether these are the types of the levels, with attention at any level but the first."""
+    known = isinstance(value, list) and all(kind in ("DownBlock2D", "AttnDownBlock2D") for kind in value)
+    return known and len(value) == len(config["block_out_channels"]) and value[0] == "DownBlock2D"
+
+
+def attention_levels(config: dict) -> list[int]:
+    return [level for level, kind in enumerate(config["down_block_types"]) if kind == "AttnDownBlock2D"]
+
+
+def is_one_head(value: object, config: dict) -> bool:
+    """Whether attention has one head, as wide as each level with attention and as the middle."""
+    widths = {config["block_out_channels"][level] for level in (*attention_levels(config), -1)}
+    return is_count(value) and widths == {value}
+
+
+# Rules for the fields of a file, in the order in which they are checked: the value that makes the network and
+# its noise ours, or a function rule(value, config) that returns it (or, if several are right, says which).
+NETWORK = {  # config.json
+    "norm_num_groups": lambda v, c: v if is_count(v) else "a whole number",
+    "block_out_channels": lambda v, c: (
+        v if are_widths(v, c) else "whole numbers, multiples of the first and of norm_num_groups"
+    ),
+    "norm_eps": lambda v, c: v if type(v) is float and 0 < v < 1 else "a number such as 1e-6",
+    "layers_per_block": lambda v, c: v if is_count(v) else "a whole number",
+    "in_channels": lambda v, c: v if is_count(v) and v in (1, 3) else "3, or 1 for gray images",
+    "out_channels": lambda v, c: c["in_channels"],
+    "sample_size": lambda v, c: (
+        v if is_count(v, 2 ** (len(c["block_out_channels"]) - 1)) else "a number divisible by 2^(levels - 1)"
+    ),
+    "down_block_types": lambda v, c: v if are_types(v, c) else "DownBlock2D, then [Attn]DownBlock2D a level",
+    "up_block_types": lambda v, c: [kind.replace("Down", "Up") for kind in c["down_block_types"][::-1]],
+    "attention_head_dim": lambda v, c: v if is_one_head(v, c) else None,
+    **{"_class_name": "UNet2DModel", "act_fn": "silu", "mid_block_scale_factor": 1, "flip_sin_to_cos": False},
+    **{"center_input_sample": False, "class_embed_type": None, "downsample_type": "conv", "freq_shift": 1},
+    **{"time_embedding_type": "positional", "resnet_time_scale_shift": "default", "num_class_embeds": None},
+    **{"add_attention": True, "attn_norm_num_groups": None, "downsample_padding": 0, "upsample_type": "conv"},
+}
+NOISE = {  # scheduler_config.json
+    **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
+    **{"prediction_type": "epsilon", "trained_betas": None},
+}
+
+
+def published_file(path: str | Path) -> Path | None:
+    """The weights file of a published network that `path`, it or its folder, names; None if it names none."""
+    path = Path(path)
+    if path.is_dir() and not (path / "ckpt.pt").is_file():
+        folders = (path, path / "unet")  # a whole pipeline keeps the network in unet/
+        return next((f / name for f in folders for name in PUBLISHED_FILES if (f / name).is_file()), None)
+    return path if path.is_file() and path.suffix in (".safetensors", ".bin") else None
+
+
+def published_name(folder: Path) -> str:
+    """The name of published weights: that of their folder, or of the pipeline whose unet/ the folder is."""
+    folder = Path(os.path.abspath(folder))
+    return folder.parent.name if folder.name == "unet" else folder.name
+
+
+def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Settings, in the terms of our runs, and weights {our name: float32 tensor} of published weights.
+
+    A field that config.json leaves out has its default. UserError where the files describe another network
+    or other noise than that of the published DDPMs (T = 1000, linear, eps), or a file is damaged.
+    """
+    from .runs import read_pickle  # here, as support.runs imports this module
+
+    config = read_config(file.parent / "config.json")
+    for folder in (file.parent, file.parent / ".." / "scheduler"):
+        if (path := folder / "scheduler_config.json").is_file():
+            check_fields(path, read_json(path, "it has just been removed"), NOISE)
+    weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
+    for weight in weights.values() if isinstance(weights, dict) else [None]:
+        dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
+        if not dense or not weight.is_floating_point() or weight.itemsize == 1:  # one byte: quantised
+            raise UserError(f"{file} holds no weights, or not in floating point alone: get it again")
+    return config, dict(renamed(str(name), weight.float()) for name, weight in weights.items())
+
+
+def read_config(path: Path) -> dict:
+    """The settings that a config.json describes, in the terms of our runs; UserError names what differs."""
+    theirs = read_json(path, "weights need the config.json that was published with them")
+    for name in ("block_out_channels", "down_block_types", "in_channels", "layers_per_block", "sample_size"):
+        if name not in theirs:
+            raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
+    theirs = {"norm_num_groups": 32, "norm_eps": 1e-6, **theirs}
+    check_fields(path, theirs, NETWORK)
+    widths, size = theirs["block_out_channels"], theirs["sample_size"]
+    return {
+        **{"kind": "published", "name": published_name(path.parent), "dataset": None, "class_names": None},
+        **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
+        **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
+        **{"attention": attention_levels(theirs), "norm_groups": theirs["norm_num_groups"]},
+        **{"norm_eps": theirs["norm_eps"], "noise_steps": 1000, "schedule": "linear", "prediction": "eps"},
+        **{"weighting": None, "sampler": "ddim"},
+    }
+
+
+def check_fields(path: Path, config: dict, rules: dict) -> None:
+    """UserError for the first field whose value is not the one of its rule; a field left out is right."""
+    for name, rule in rules.items():
+        value = config.get(name)
+        wanted = rule(value, config) if callable(rule) else rule
+        if name in config and value != wanted:
+            what = f"{path}: {name} is {dumps(value)}"
+            raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
+
+
+def renamed(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
+    """A weight's name and value in our UNet, where attention has 1x1 convolutions for linear layers."""
+    if "attentions" in name and weight.ndim == 2:
+        weight = weight[:, :, None, None]  # (C, C, 1, 1)
+    for pattern, ours in NAMES:
+        name = re.sub(pattern, ours, name)
+    return name, weight
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file; UserError where it is damaged, or the package is missing."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated or damaged ({first_line(error)}): get it again") from None

@@ -1,0 +1,230 @@
+"""Run folders: checkpoints that never run code, logs, and folders of samples that are never mixed."""
+
+import io
+import json
+import os
+import pickle
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import PIL.Image
+import torch
+
+from .errors import LostProcess, Stopped, UserError, is_lost, note
+from .files import digest, new_path, read_csv, replacing, write_csv
+from .images import image_files
+from .processes import Processes
+from .published import PUBLISHED_FILES, load_published, published_file, published_name
+from .settings import COUNT, flag, setting, settings
+
+
+@settings()
+class RunSettings:
+    name: str | None = setting(None, "run's folder (default: the script and the data set)", "NAME")
+    runs: str = setting("runs", "directory of the run folders", "DIR")
+    resume: str | None = setting(None, "run to go on with, with its settings", "RUN", resume=True)
+
+
+@settings()
+class OutputSettings:
+    sample: int | None = setting(
+        None, "draw N images from a checkpoint, no training", "N", COUNT, sample=True
+    )
+    checkpoint: str | None = setting(None, "run's folder, or published weights", "RUN", sample="only")
+    out: str | None = setting(None, "directory for one PNG per image, for FID tools", "DIR", sample="only")
+    animate: bool = setting(False, "also write a GIF of the denoising", sample="only")
+
+
+CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
+ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples")  # what a checkpoint holds beside settings
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint in one step; UserError where that fails, and the previous one is still whole."""
+    buffer = io.BytesIO()  # torch.save straight to a full disk may abort the process
+    torch.save(checkpoint, buffer)
+    try:
+        with replacing(path) as file:
+            file.write(buffer.getbuffer())
+    except OSError as error:
+        left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
+        instead = "make room, or choose another --runs"
+        raise UserError(f"can't write {path}: {error.strerror}; {left}: {instead}") from None
+
+
+def load_checkpoint(path: str | Path, *kinds: str) -> dict:
+    """A run's checkpoint (its folder, or the file) of a kind wanted, on the CPU, never running code from it.
+
+    Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
+    """
+    path = checkpoint_file(path)
+    checkpoint = read_pickle(path, "use a ckpt.pt that this project wrote")
+    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
+    if checkpoint["kind"] not in kinds:
+        needed = " or ".join([f"a {kinds[0]!r} one is needed here", *map(repr, kinds[1:])])
+        used_by = "; ddpm_conditional.py samples it" if checkpoint["kind"] == "ddpm_conditional" else ""
+        raise UserError(f"{path} is a checkpoint of kind {checkpoint['kind']!r}; {needed}{used_by}")
+    missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
+    if missing or not isinstance(checkpoint["config"], dict):
+        raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
+    return checkpoint
+
+
+def load_weights(path: str | Path, kinds: Sequence[str]) -> tuple[dict, dict]:
+    """Settings and averaged weights of a run, or of published weights, which count as a run of kind "ddpm".
+
+    UserError where `path` holds no checkpoint of these kinds.
+    """
+    file = published_file(path)
+    if file is None:
+        checkpoint = load_checkpoint(path, *kinds)
+        return {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}, checkpoint["ema"]
+    if "ddpm" not in kinds:
+        what = f"{path} holds the published weights of an unconditional model"
+        raise UserError(f"{what}: a run of kind {kinds[0]!r} is needed here")
+    return load_published(file)
+
+
+def check_classifier(path: str, theirs: dict, model: dict, same: Sequence[str]) -> None:
+    """UserError unless a classifier has the classes of a model, and was trained with its settings `same`."""
+    for key in same:
+        if theirs[key] != model[key]:
+            trained = f"--classifier {path} was trained with {flag(key)} {theirs[key]}"
+            instead = f"train one with --task classifier {flag(key)} {model[key]}"
+            raise UserError(f"{trained}, the model with {model[key]}: {instead}")
+    if theirs["class_names"] != model["class_names"]:
+        raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
+
+
+def read_pickle(path: Path, instead: str) -> object:
+    """What torch.save wrote, read onto the CPU without running code; UserError says what to use `instead`."""
+    try:
+        with warnings.catch_warnings():  # about foreign files, which are refused below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
+        why = "it is damaged or no PyTorch file"
+        why = "it holds Python objects, which could run code" if unsafe else why
+        raise UserError(f"checkpoint {path} was not loaded: {why}; {instead}") from None
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The ckpt.pt that a run's folder, or the file itself, names; UserError where there is none."""
+    path = Path(path)
+    file = path / "ckpt.pt" if path.is_dir() else path
+    if file.is_file():
+        return file
+    if path.is_dir() and (path / "config.json").is_file():
+        raise UserError(f"{path} holds no weights: there is no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}")
+    raise UserError(f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt")
+
+
+def run_folder(path: str | Path) -> Path:
+    """The folder for what is made with a checkpoint: its run's, or runs/NAME for published weights."""
+    file = published_file(path)
+    return Path("runs") / published_name(file.parent) if file else checkpoint_file(path).parent
+
+
+def command_line(*flags: object, script: str | None = None) -> str:
+    """A command line of this script, or of another beside it, that can be pasted into a shell."""
+    path = Path(sys.argv[0]).with_name(script) if script else sys.argv[0]
+    return shlex.join(["python", str(path), *map(str, flags)])
+
+
+def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) -> Path:
+    """The folder of a run, with its config.json: for a new run the one wanted, or the next free name."""
+    run = new_path(wanted) if wanted.exists() and not resumed else wanted
+    if processes.count > 1:
+        run = processes.broadcast(run)
+    if run != wanted:
+        note(f"{wanted} exists and stays as it is: this run goes to {run}")
+    if processes.rank == 0:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        with replacing(run / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
+    return run
+
+
+def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:
+    """UserError unless a run can go on: from its own ckpt.pt, with the same data, not past its end.
+
+    `keep` is what its next checkpoint will hold of settings and data.
+    """
+    if checkpoint_file(path).name != "ckpt.pt":
+        raise UserError(f"--resume {path}: a run goes on in its folder, from its ckpt.pt: name that")
+    if any(checkpoint.get(key) != value for key, value in keep.items() if key != "config"):
+        raise UserError("the data set has changed since the run began: bring it back, or start a new run")
+    if checkpoint["step"] > epochs * per_epoch:
+        raise UserError(f"the run has had {checkpoint['epoch']} epochs already: ask for more --epochs")
+    if checkpoint["step"] == epochs * per_epoch:
+        note(f"the run has had its {epochs} epochs; to train further, ask for more --epochs")
+
+
+@contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Print the command that goes on with a run where a signal or the end of another process stops it."""
+    try:
+        yield
+    except Stopped:
+        print(f"stopped and saved; go on with\n  {command_line('--resume', run)}", file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        go_on = f"go on with {command_line('--resume', run)}"
+        raise LostProcess(f"another process has ended, and so does this one: {go_on}") from None
+
+
+def log_rows(path: Path, columns: Sequence[str], epoch: int, rows: Sequence[Sequence[object]]) -> None:
+    """Add the rows of an epoch to a CSV, in the place of rows of this epoch and later ones."""
+    earlier = [row for row in read_csv(path) if row[0].isdigit() and int(row[0]) < epoch]
+    write_csv(path, [("epoch", *columns), *earlier, *((epoch, *row) for row in rows)])
+
+
+def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> None:
+    """Make the folders for the grid and single images; UserError, before any work, if they can't be used.
+
+    `out` must hold no images but those of a command of the same settings, `made_with`: others would be lost,
+    or mixed with ours for an FID tool.
+    """
+    if out and Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out} is a file: name a folder")
+    for folder in (samples, Path(out or samples)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"folder {folder} can't be written to: copy the run, or name another --out")
+    there = image_files(Path(out)) if out else []
+    if out and (there or (Path(out) / "metadata.jsonl").exists()):
+        if made_with is None or not there or any(text_in(path) != made_with for path in there):
+            raise UserError(f"--out {out} already holds images of another making: name a new or empty folder")
+        note(f"{out} holds {len(there)} images of this kind already: they are not drawn again")
+
+
+def text_in(path: Path) -> str | None:
+    """The settings that an image was made with, as its file keeps them, if it is one of ours."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as picture:
+            return picture.text.get("made_with")
+    except Exception:  # Pillow's decoders raise almost anything on a broken file
+        return None
+
+
+def model_name(config: dict) -> str:
+    """The model's name in captions."""
+    if config["kind"] == "published":
+        return f"{config['name']}, published weights"
+    return f"{config['dataset']}, epoch {config['epoch']}"
+
+
+def made_with(settings: dict, config: dict, net: torch.nn.Module) -> str:
+    """What images are drawn with, kept in their files: --out goes on only among images of the same making."""
+    weights = digest(net.conv_out.weight.detach().float().cpu())
+    return json.dumps(settings | {"model": model_name(config), "weights": weights}, sort_keys=True)

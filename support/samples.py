@@ -1,0 +1,140 @@
+"""Samples: single files, grids and GIFs, drawn in batches by one process or several."""
+
+import json
+import math
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from PIL.PngImagePlugin import PngInfo
+
+from .errors import note
+from .files import new_path, replacing
+from .images import read_images, to_pictures
+from .machine import progress
+from .pictures import make_grid, save_picture
+from .processes import Processes
+from .runs import OutputSettings, prepare_folders, run_folder
+
+GRID_LIMIT = 256  # images shown in a grid; --out gets all of them
+
+
+class Plan:
+    """What --sample draws of a model, `made_with` certain settings, and where it goes.
+
+    `names` are those of the conditions, which image i has by turns. UserError if a folder can't be used.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        output: OutputSettings,
+        batch_size: int | None,
+        made_with: str,
+        processes: Processes,
+        names: Sequence[str] = (),
+    ):
+        self.output, self.batch_size, self.made_with = output, batch_size or 64, made_with
+        self.processes, self.names = processes, names
+        self.shape = (config["channels"], config["image_size"], config["image_size"])
+        self.folder = run_folder(output.checkpoint) / "samples"
+        prepare_folders(self.folder, output.out, made_with)
+
+    def film(self, steps: Sequence[int]) -> Sequence[int]:
+        """The steps that --animate shows, at most some sixty."""
+        return steps[:: math.ceil((len(steps) - 1) / 60)] if self.output.animate else ()
+
+    def draw_grids(self, columns: dict[float, Callable], caption: str, name: str, batches: int = 1) -> None:
+        """Draw `batches` times --sample images, each with every one of `columns`, which differ in a scale.
+
+        A column is `draw(numbers, bar)`, which gives images (B, C, H, W) and frames of their making.
+        """
+        each, several, output = self.output.sample, len(columns) > 1, self.output
+        suffix = {scale: f"_scale{scale:g}" if several else "" for scale in columns}
+        in_grid = max(1, GRID_LIMIT // len(columns))
+        if each > in_grid and self.names:
+            note(f"a grid shows the first {in_grid} images{' of each scale' if several else ''}")
+        for first in range(0, batches * each, each):
+            numbers = range(first, first + each)
+            drawn = [self.draw_in_batches(draw, numbers, suffix[scale]) for scale, draw in columns.items()]
+            if not self.processes.first:
+                continue
+            found = zip(*([part[:in_grid] for part in column] for column in drawn), strict=True)
+            heads = [f"scale {scale:g}" for scale in columns] if several else []
+            grid, *frames = [condition_grid(x, self.names, caption, heads) for x in found]
+            path = save_picture(grid, new_path(self.folder / name, ".png"))
+            print("grid    ", shlex.quote(str(path)))
+            if frames:  # a GIF of about four seconds that rests on its last frame
+                times = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
+                options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+                gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), **options)
+                print("gif     ", shlex.quote(str(gif)))
+        if output.out and self.processes.first:
+            if self.names:
+                self.write_metadata(suffix, batches)
+            print("images  ", shlex.quote(output.out))
+
+    def draw_in_batches(self, draw: Callable, numbers: Sequence[int], suffix: str) -> list[torch.Tensor]:
+        """The images of those numbers that a grid shows, and with --animate frames of the first batch.
+
+        With --out all images go there, but for those that are there already. Several processes take turns.
+        """
+
+        def path_of(number: int) -> Path:
+            return Path(self.output.out) / f"{number:05d}{suffix}.png"
+
+        out, size, shown, frames, info = self.output.out, self.batch_size, [], [], PngInfo()
+        batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+        film_of = batches[0] if self.output.animate else None
+        if out:  # whole batches, in any process: so an image is the same to the last bit
+            batches = [b for b in batches if b == film_of or not all(path_of(i).exists() for i in b)]
+        batches = self.processes.share(self.processes.broadcast(batches))  # others may have written some now
+        info.add_text("made_with", self.made_with)
+        with progress(f"sampling{suffix}", sum(map(len, batches))) as bar:
+            for done, batch in enumerate(batches, start=1):
+                x_0, film = draw(batch, bar)
+                bar.update(sum(map(len, batches[:done])) - bar.n)
+                frames = [*film, x_0] if batch == film_of else frames
+                if out:
+                    for number, picture in zip(batch, to_pictures(x_0), strict=True):
+                        if not path_of(number).exists():
+                            save_picture(picture, path_of(number), pnginfo=info)
+                elif len(shown) * size < GRID_LIMIT:
+                    shown.append(x_0)
+        if out:
+            self.processes.barrier()
+            files = [str(path_of(i)) for i in numbers[:GRID_LIMIT]]
+            shown = [read_images(files, self.shape[-1], self.shape[0])]
+        return [torch.cat(shown), *frames]
+
+    def write_metadata(self, suffix: dict[float, str], batches: int) -> None:
+        """metadata.jsonl: the condition of each image; `--dataset folder` reads it as captions."""
+        each, lines = self.output.sample, []
+        for scale, end in suffix.items():
+            for i in range(batches * each):
+                text = self.names[i % each % len(self.names)]
+                lines.append({"file_name": f"{i:05d}{end}.png", "text": text, "guidance_scale": scale})
+        with replacing(Path(self.output.out) / "metadata.jsonl") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str, heads: Sequence[str]):
+    """A grid with conditions as rows and a block of columns for each of x, (N, C, H, W) under a head.
+
+    Image i is of condition i modulo their number. A condition with many images takes several rows. Without
+    names it is a plain grid.
+    """
+    if not names:
+        return make_grid(x[0], caption)
+    names = names[: len(x[0])]
+    each = math.ceil(len(x[0]) / len(names))  # images of a condition in a block
+    across = min(each, max(1, 16 // len(x)))  # of them in a row
+    cells, rows = [], []
+    for k, name in enumerate(names):
+        for start in range(0, each, across):
+            rows.append(name if start == 0 else "")
+            for block in x:
+                images = block[k :: len(names)][start : start + across]
+                cells += [images, images.new_ones(across - len(images), *images.shape[1:])]
+    return make_grid(torch.cat(cells), caption, len(x) * across, rows, heads)

@@ -1,0 +1,213 @@
+"""Settings as dataclasses, one field a setting, and the command line that is made from them.
+
+    @settings(resume=True)
+    class SamplerSettings:
+        sampler: str = setting("ddim", "sampler", choices=list(SAMPLERS))
+        eta: float = setting(0.0, "share of fresh noise", "E", real(0, 1), of="sampler=ddim")
+
+The metadata of a field are what argparse takes (type, choices, nargs, action, metavar), and
+    of      "sampler=ddim": the choices that it belongs to, with spaces between them; elsewhere it is refused;
+            "task=diffusion/classifier": either will do
+    resume  True: it may change when a run goes on
+    sample  True: it may also be typed beside --sample; "only": it means nothing without
+
+`settings` takes those of the last three that all fields of a class have.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
+from typing import NoReturn
+
+from .errors import UserError
+
+OURS = ("of", "resume", "sample", "default")  # what of a field's metadata is not argparse's
+
+
+def setting(default: object, help: str, metavar=None, type=None, **metadata) -> Field:
+    """A field of a settings dataclass: its default, its line of --help, and the metadata above."""
+    make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    given = {key: value for key, value in (("metavar", metavar), ("type", type)) if value is not None}
+    return field(**make, metadata={"help": help, **given, **metadata})
+
+
+def settings(**common) -> Callable[[type], type]:
+    """A dataclass of settings, with metadata that all its fields have."""
+
+    def decorate(group: type) -> type:
+        group.COMMON = common
+        return dataclass(group)
+
+    return decorate
+
+
+def rows_of(group: type) -> dict[str, dict]:
+    """The metadata of each field of a settings dataclass, and its default, by name."""
+    common, rows = getattr(group, "COMMON", {}), {}
+    for row in fields(group):
+        of = f"{common.get('of', '')} {row.metadata.get('of', '')}"
+        default = row.default if row.default_factory is MISSING else row.default_factory()
+        rows[row.name] = {**common, **row.metadata, "of": of.split(), "default": default}
+    return rows
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+# What it parses holds only what was typed; its help is wide, and keeps the lines of a description.
+WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
+PLAIN = {"formatter_class": WIDE, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+
+
+def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
+    """Add a flag for each field of the dataclasses, {title: dataclass}, with its default in its help."""
+    for title, group in groups.items():
+        add = parser.add_argument_group(title).add_argument
+        for name, row in rows_of(group).items():
+            options, default = {key: value for key, value in row.items() if key not in OURS}, row["default"]
+            if default is False:
+                options["action"] = "store_true"
+            elif default is not None and "(default" not in options["help"]:
+                between = " " if "nargs" in options else ","  # as they are typed
+                shown = between.join(map(str, default)) if isinstance(default, list) else default
+                options["help"] += f" (default: {shown})"
+            add("--" + name.replace("_", "-"), **options)
+
+
+def parse(description: str, groups: dict[str, type]) -> "Command":
+    """The command line of a script, with a flag for each field of the dataclasses, {title: dataclass}."""
+    parser = Parser(description=description, **PLAIN)
+    add_settings(parser, groups)
+    return make_command(vars(parser.parse_args()), groups.values())
+
+
+def make_command(typed: dict[str, object], groups: Iterable[type]) -> "Command":
+    """The settings that were typed, as an object of each dataclass."""
+    rows = {group: rows_of(group) for group in groups}
+    made = [group(**{name: typed[name] for name in own if name in typed}) for group, own in rows.items()]
+    return Command(made, set(typed), {name: row for own in rows.values() for name, row in own.items()})
+
+
+@dataclass
+class Command:
+    """What a command line asks for: an object of each dataclass, the names typed, the metadata by name."""
+
+    groups: list[object]
+    typed: set[str]
+    rows: dict[str, dict]
+
+    def __getitem__(self, key: str | type) -> object:
+        """The setting of that name, or the object of that dataclass."""
+        if isinstance(key, str):
+            return next(getattr(group, key) for group in self.groups if key in vars(group))
+        return next(group for group in self.groups if isinstance(group, key))
+
+    def settle(self, values: dict, typed: bool = False) -> None:
+        """Set what was not typed, or that as well; names in a tuple are set together or not at all."""
+        for names, value in values.items():
+            names, value = (names, value) if isinstance(names, tuple) else ((names,), (value,))
+            for group in self.groups if typed or not self.typed & set(names) else ():
+                for name, one in zip(names, value, strict=True):
+                    if name in vars(group):
+                        setattr(group, name, one)
+
+    def config(self) -> dict[str, object]:
+        """The settings of the run alone, as its checkpoints keep them."""
+        sampling = {name for name, row in self.rows.items() if row.get("sample") == "only"}
+        return {name: self[name] for name in self.rows if name not in sampling | {"resume", "sample"}}
+
+    def check(self, owners: bool = True) -> None:
+        """UserError for a flag that was typed and has no effect.
+
+        It may belong to another choice than the one made (tested if `owners`), mean nothing without --sample,
+        or come from the checkpoint beside it.
+        """
+        sampling = "sample" in self.rows and self["sample"] is not None
+        if sampling and self["checkpoint"] is None:
+            raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
+        for name in sorted(self.typed & self.rows.keys()):
+            row, typed = self.rows[name], flag(name)
+            if "sample" in self.rows and not sampling and row.get("sample") == "only":
+                raise UserError(f"{typed} goes with --sample N, the number of images to draw")
+            if sampling and not row.get("sample"):
+                raise UserError(f"{typed} comes from the checkpoint when sampling: leave it out")
+            for choice in row["of"] if owners else ():
+                owner, _, wanted = choice.partition("=")  # wanted may name several, with slashes between them
+                if owner in self.rows and str(self[owner]) not in wanted.split("/"):
+                    belongs = f"{typed} belongs to {flag(owner)} {wanted.split('/')[0]}"
+                    raise UserError(f"{belongs}: add that, or leave it out")
+
+    def take_from(self, config: dict, free: set[str] | None = None) -> None:
+        """Take the settings of a run, but for those typed among `free`; UserError for another one typed.
+
+        `free` is by default what may change when a run goes on.
+        """
+        if free is None:
+            free = {name for name, row in self.rows.items() if row.get("resume")}
+        for name in sorted(self.typed - free):
+            if self[name] != config.get(name):
+                made = f"the run was made with {flag(name)} {config.get(name)}, not {self[name]}"
+                raise UserError(f"{made}: leave the flag out, or start afresh")
+        self.settle({name: value for name, value in config.items() if name in self.config()})
+
+
+# Types of flags, for argparse
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """A number of the kind int or float in [low, high], or in (low, high] if `above`."""
+    name = "a whole number" if kind is int else "a number"
+    span = (f"above {low:g}" if above else f"of at least {low:g}") + f", at most {high:g}" * (high < math.inf)
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {name} {span}")
+
+    return parse
+
+
+whole, real = partial(number, int), partial(number, float)
+
+
+def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
+    """Values of that kind with commas between them."""
+
+    def parse(text: str) -> list:
+        values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        if not values:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between them")
+        return values
+
+    return parse
+
+
+def one_of(names: dict) -> Callable[[str], str]:
+    """A key of the dict."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return parse
+
+
+COUNT = whole(1)
+POSITIVE = real(0, above=True)

@@ -1,0 +1,240 @@
+"""The training loop around a loss: all of it but the loss."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from .errors import Stopped, UserError, first_line, stop_on_signal
+from .generators import BatchShare, Generators
+from .loader import Loader
+from .machine import MachineSettings, autocast_forward, compile_forward, recompute_activations, use_bf16
+from .runs import log_rows, save_checkpoint
+from .settings import COUNT, POSITIVE, real, setting, settings, whole
+
+CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the device
+SAVE_SECONDS = 600  # within a long epoch, save this often
+MACHINE, LOG = MachineSettings(), ("step", "loss", "lr", "images_per_second", "seconds")
+EPOCHS = "default: digits 20, 30 if conditional; shapes and the denoiser 5; else 80"
+
+
+@settings()
+class TrainingSettings:
+    epochs: int | None = setting(None, f"passes over the data ({EPOCHS})", "N", COUNT, resume=True)
+    batch_size: int | None = setting(
+        None, "images in a step, or sampled at once (default: by image size; 64)", "N", COUNT, sample=True
+    )
+    lr: float | None = setting(None, "peak learning rate of AdamW (default: by image size)", "RATE", POSITIVE)
+    warmup: int = setting(200, "steps of linear warm-up, at most a tenth of the run", "STEPS", whole(0))
+    weight_decay: float = setting(0.01, "weight decay of AdamW", "RATE", real(0))
+    clip_grad: float = setting(1.0, "largest gradient norm", "NORM", POSITIVE)
+    ema_decay: float = setting(0.999, "decay of the averaged weights, per step", "D", real(0, 1))
+    accumulate: int = setting(1, "parts of a batch: less memory, the same step", "PARTS", COUNT, resume=True)
+    checkpointing: bool = setting(
+        False, "compute activations again in the backward pass: less memory, a third more time", resume=True
+    )
+    preview_every: int | None = setting(
+        None, "epochs between two sample grids (default: a quarter of the run)", "EPOCHS", COUNT, resume=True
+    )
+    save_every: int = setting(1, "epochs between two checkpoints", "EPOCHS", COUNT, resume=True)
+
+
+def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
+    """Linear warm-up (over at most a tenth of the run), then half a cosine from `peak` to 0 at `total`."""
+    warmup = min(warmup, total // 10)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+class Trainer:
+    """Batches to take a loss of, and gradient steps.
+
+        for x_0, y, generator in trainer:
+            loss = loss_fn(trainer.net, x_0, y, generator)
+            trainer.step(loss)
+
+    Between two batches it saves, logs, draws previews by `preview(averaged network, epoch)`, and stops after
+    a signal (Stopped) or where the loss is not finite (UserError; the last good checkpoint stays).
+    `average(net, decay)` makes `ema`, the average of the weights. The folder `run` gets log.csv and ckpt.pt,
+    which also holds the entries of `keep`. Of the loader's processes only the first one writes.
+    """
+
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        average: Callable,
+        loader: Loader,
+        run: Path,
+        settings: TrainingSettings,
+        machine: MachineSettings = MACHINE,
+        preview: Callable[[torch.nn.Module, int], object] | None = None,
+    ):
+        self.weights, self.ema = net.train(), average(net, settings.ema_decay)
+        self.loader, self.run, self.settings, self.preview = loader, run, settings, preview
+        self.processes, self.machine, self.keep = loader.processes, machine, {}
+        device, self.lr = loader.device, settings.lr or 2e-4
+        adamw, fused = torch.optim.AdamW, device.type != "mps"
+        self.optimizer = adamw(net.parameters(), self.lr, weight_decay=settings.weight_decay, fused=fused)
+        self.generator = torch.Generator(device).manual_seed(machine.seed)
+        self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
+        self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
+        if settings.checkpointing:
+            recompute_activations(net)
+        if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
+            compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
+        if use_bf16(machine.precision, device, net):
+            autocast_forward(net, device)
+        self.net = net  # the network to be called
+        if self.processes.count > 1:
+            self.net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Generators]]:
+        loader, per_epoch, epochs, rank = (
+            self.loader,
+            self.loader.batches,
+            self.settings.epochs,
+            self.processes.rank,
+        )
+        if rank > 0:  # dropout draws other numbers than in the first process
+            torch.manual_seed(self.machine.seed + self.steps + rank)
+        self.first_step, self.saved_at = self.steps + 1, time.monotonic()
+        images, per_epoch = len(loader.images), loader.batches
+        done = self.steps // per_epoch * images + self.steps % per_epoch * loader.batch_size
+        every = 0.2 if sys.stderr.isatty() else 10
+        bar = tqdm(total=epochs * images, initial=done, unit="img", unit_scale=True, mininterval=every)
+        with stop_on_signal() as stop, bar:
+            if not self.resumed:
+                self.save()  # from here on there is always a checkpoint
+            for epoch in range(self.steps // per_epoch + 1, epochs + 1):
+                bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+                started, seen = time.monotonic(), 0
+                for x_0, y in loader.epoch(epoch - 1, start=self.steps % per_epoch):
+                    batch = min(loader.batch_size, images - self.steps % per_epoch * loader.batch_size)
+                    yield from self.parts_of(x_0, y, batch)
+                    seen += batch
+                    bar.update(batch)
+                    self.after_step(stop.is_set(), bar, started)
+                self.check_losses()
+                loss, self.loss_sum, took = self.loss_sum / per_epoch, 0.0, time.monotonic() - started
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                if rank == 0:
+                    lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
+                    row = (self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}")
+                    log_rows(self.run / "log.csv", LOG, epoch, [row])
+                self.after_epoch(epoch, stop.is_set())
+
+    def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
+        """This process's share of a batch of `batch` images, in --accumulate parts.
+
+        The generator of each part draws for the whole batch: the noise of an image depends on neither.
+        """
+        total, count = self.settings.epochs * self.loader.batches, self.processes.count
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.steps, total, self.lr, self.settings.warmup)
+        self.optimizer.zero_grad()
+        self.loss = torch.zeros((), device=x_0.device)
+        share, before = range(batch)[self.processes.rank :: count], self.generator.get_state()
+        parts = min(self.settings.accumulate, len(x_0))
+        for k in range(parts):
+            images, self.last_part = share[k::parts], k + 1 == parts  # their positions in the batch
+            self.weight = len(images) / batch * count  # 0 if this process has no image of it
+            if count > 1:
+                self.net.require_backward_grad_sync = self.last_part  # average the gradients once a batch
+            self.generator.set_state(before)
+            draws = BatchShare(self.generator, images or range(1), batch)
+            draws = self.generator if len(images) == batch else draws
+            yield x_0[k::parts], None if y is None else y[k::parts], draws
+
+    def step(self, loss: Tensor) -> None:
+        """Add the gradient of a loss; after the last part of a batch clip it, step, average the weights."""
+        loss = self.weight * loss
+        loss.backward()
+        self.loss += loss.detach()
+        if self.last_part:
+            norm = torch.nn.utils.clip_grad_norm_(self.weights.parameters(), self.settings.clip_grad)
+            self.optimizer.step()
+            self.ema.update(self.weights, self.steps)
+            self.steps += 1
+            self.pending.append(torch.stack([self.loss.float(), norm.detach().float()]))
+
+    def after_step(self, stopping: bool, bar: tqdm, started: float) -> None:
+        """Look at the losses now and then; save in a long epoch; save and stop after a signal."""
+        per_epoch = self.loader.batches
+        if self.machine.compile and self.steps == self.first_step:
+            self.pending[-1].tolist()  # waits for the device
+            tqdm.write(f"the first step took {time.monotonic() - started:.0f} s, with compilation")
+        if len(self.pending) >= CHECK_EVERY:
+            self.check_losses()
+            bar.set_postfix(loss=f"{self.loss_sum / ((self.steps - 1) % per_epoch + 1):.4f}", refresh=False)
+        stopping, late = self.processes.any(stopping, time.monotonic() - self.saved_at > SAVE_SECONDS)
+        if self.steps % per_epoch and (stopping or late):
+            self.save()
+            if stopping:
+                raise Stopped
+
+    def after_epoch(self, epoch: int, stopping: bool) -> None:
+        """Save, stop after a signal, draw a preview."""
+        settings, last = self.settings, epoch == self.settings.epochs
+        (stopping,) = self.processes.any(stopping)
+        if epoch % settings.save_every == 0 or last or stopping:
+            self.save()
+        if stopping and not last:
+            raise Stopped
+        due = last or epoch % (settings.preview_every or 1) == 0
+        if self.preview and due and self.processes.first:
+            self.preview(self.ema.net, epoch)
+
+    def check_losses(self) -> None:
+        """Add up the pending losses; UserError if one is not finite, and then nothing later is saved."""
+        values = torch.stack(self.pending) if self.pending else torch.zeros(0, 2)
+        values = self.processes.add(values) / self.processes.count if self.pending else values
+        for step, (loss, norm) in enumerate(values.tolist(), start=self.steps - len(self.pending) + 1):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                what = "loss" if not math.isfinite(loss) else "gradient"
+                good = f"{self.run / 'ckpt.pt'} holds the last good weights"
+                raise UserError(f"the {what} is not finite at step {step}: try a lower --lr; {good}")
+            self.loss_sum += loss
+        self.pending.clear()
+
+    def save(self) -> None:
+        """Write ckpt.pt."""
+        if self.pending:
+            self.check_losses()
+        self.saved_at = time.monotonic()
+        if self.processes.rank > 0:
+            return
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint = {
+            **self.keep,
+            "net": self.weights.state_dict(),
+            "ema": self.ema.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.steps // self.loader.batches,
+            "step": self.steps,
+            "loss_sum": self.loss_sum,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()},
+        }
+        save_checkpoint(self.run / "ckpt.pt", checkpoint)
+
+    def resume(self, checkpoint: dict) -> None:
+        """Go on where a checkpoint was saved, bit for bit on the CPU; UserError where it does not fit."""
+        try:
+            self.weights.load_state_dict(checkpoint["net"])
+            self.ema.net.load_state_dict(checkpoint["ema"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the checkpoint does not fit this network: {first_line(error)}") from None
+        rng = checkpoint["rng"]
+        torch.set_rng_state(rng["cpu"])
+        if len(rng["cuda"]) == torch.cuda.device_count() > 0:
+            torch.cuda.set_rng_state_all(rng["cuda"])
+        if rng["train"].numel() == self.generator.get_state().numel():  # else it is of another kind of device
+            self.generator.set_state(rng["train"])
+        self.steps, self.loss_sum, self.resumed = checkpoint["step"], checkpoint["loss_sum"], True

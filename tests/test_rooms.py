@@ -1,0 +1,158 @@
+"""The rooms of the project: how long they are, and who imports whom.
+
+python tests/test_rooms.py prints the counts; as a test it fails when a room is overfull, when a function is too
+long or takes too much, when `support` imports a script, or when a training step passes through too many functions.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+BOUNDS = {  # lines, as wc -l counts them
+    **{"ddpm.py": 560, "ddpm_conditional.py": 380, "modules.py": 430, "utils.py": 380},
+    **{"analysis.py": 1150, "edit.py": 700, "README.md": 200},
+}
+SUPPORT, SUPPORT_FILE, ALL = 2600, 450, 6100
+LONGEST, MOST_PARAMETERS = 60, 8
+MAY_IMPORT = {  # of the project, besides support; nobody imports analysis or edit
+    "utils": set(),
+    "modules": set(),
+    "ddpm": {"utils", "modules"},
+    "ddpm_conditional": {"utils", "modules", "ddpm"},
+    "analysis": {"utils", "modules", "ddpm", "ddpm_conditional"},
+    "edit": {"utils", "modules", "ddpm", "ddpm_conditional"},
+}
+SOURCES = [*(PROJECT / f"{name}.py" for name in MAY_IMPORT), *sorted((PROJECT / "support").glob("*.py"))]
+NOISE = ("alpha_bar", "eps_theta", "schedule", "timestep", "denois")  # what support knows nothing of
+
+
+def lines(path):
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def functions(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def parameters(function):
+    a = function.args
+    return [p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p is not None]
+
+
+def imported(path):
+    """The project's own modules that a file imports; relative imports are of support."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add("support" if node.level else node.module.split(".")[0])
+    return found & {*MAY_IMPORT, "support"}
+
+
+TRACE = """
+import sys, threading
+sys.path.insert(0, {project!r})
+sys.argv = ["ddpm.py", "--limit", "32", "--epochs", "1", "--device", "cpu"]
+import torch, ddpm
+from support.trainer import Trainer
+seen, depth = set(), []
+
+def watch(frame, event, arg):
+    code = frame.f_code
+    if event == "call" and code.co_filename.startswith({project!r}) and not code.co_name.startswith("<"):
+        seen.add((code.co_filename, code.co_qualname if hasattr(code, "co_qualname") else code.co_name))
+        if code.co_name == "loss" and not depth:
+            calls = 0
+            while frame.f_code.co_name != "main":
+                calls += frame.f_code.co_filename.startswith({project!r})
+                frame = frame.f_back
+            depth.append(calls)
+
+class Stop(BaseException):
+    pass
+
+def stop(*_, **__):
+    raise Stop
+
+torch.optim.AdamW.step = stop
+sys.setprofile(watch)
+try:
+    ddpm.main()
+except Stop:
+    pass
+sys.setprofile(None)
+print("TRACE", len(seen), depth[0])
+print(*sorted(name for _, name in seen), file=sys.stderr)
+"""
+
+
+def trace(folder):
+    """The number of our functions up to the first optimizer step, and the calls between main and the loss."""
+    code = TRACE.format(project=str(PROJECT))
+    run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert "TRACE" in run.stdout, run.stderr
+    count, depth = run.stdout.split("TRACE")[1].split()[:2]
+    return int(count), int(depth), run.stderr.strip().splitlines()[-1]
+
+
+def counts():
+    """{what: (count, bound)} of every room."""
+    found = {name: (lines(PROJECT / name), bound) for name, bound in BOUNDS.items()}
+    support = {f"support/{p.name}": lines(p) for p in (PROJECT / "support").glob("*.py")}
+    found |= {name: (count, SUPPORT_FILE) for name, count in sorted(support.items())}
+    scripts = sum(
+        count for name, (count, _) in found.items() if name.count("/") == 0 and name.endswith(".py")
+    )
+    found["support"] = sum(support.values()), SUPPORT
+    found["all"] = scripts + sum(support.values()), ALL
+    every = [(f, path) for path in SOURCES for f in functions(path)]
+    found["longest function"] = max(f.end_lineno - f.lineno + 1 for f, _ in every), LONGEST
+    found["most parameters"] = max(len(parameters(f)) for f, _ in every), MOST_PARAMETERS
+    return found
+
+
+@pytest.mark.parametrize("room", counts())
+def test_no_room_is_overfull(room):
+    count, bound = counts()[room]
+    assert count <= bound
+
+
+def test_imports_run_one_way():
+    for path in SOURCES:
+        allowed = MAY_IMPORT.get(path.stem, set()) | {"support"} if path.parent == PROJECT else {"support"}
+        assert imported(path) <= allowed, path.name
+
+
+def test_nobody_takes_args():
+    for path in SOURCES:
+        for function in functions(path):
+            assert "args" not in parameters(function), (path.name, function.name)
+
+
+def test_support_knows_nothing_of_noise():
+    for path in (PROJECT / "support").glob("*.py"):
+        if path.name != "published.py":  # which must know the words of published config files
+            text = path.read_text(encoding="utf-8").lower()
+            assert not [word for word in NOISE if word in text], path.name
+
+
+def test_the_way_from_main_to_the_loss_is_short(tmp_path):
+    count, depth, names = trace(tmp_path)
+    assert depth <= 5 and count <= 60, names
+
+
+if __name__ == "__main__":
+    for what, (count, bound) in counts().items():
+        print(f"{what:28s}{count:6d}  of {bound}{'' if count <= bound else '   TOO MANY'}")
+    count, depth, names = trace(os.environ.get("TMPDIR", "/tmp"))
+    print(
+        f"{'functions to the first step':28s}{count:6d}  of 60\n{'calls from main to the loss':28s}{depth:6d}  of 5"
+    )
+    print(names)
