@@ -46,15 +46,13 @@ from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import BANDS, psnr, quality
 from support.pictures import join, make_grid
-from support.settings import COUNT, PLAIN, Parser, add_settings, listed, one_of, real, rows_of, setting, whole
+from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
 from support.text import conditions
 from support.trainer import Trainer, TrainingSettings
 from utils import SCHEDULES, WEIGHTINGS, p2
 
 # The shared pieces: settings, models, images, samples ------------------------------------------------------
-
-SCHEDULE_NAMES = ", ".join(SCHEDULES)
 
 
 @settings_class()
@@ -65,19 +63,21 @@ class Settings:
     images: int = setting(16, "number of images of the data set", "N", COUNT)
     show: int = setting(4, "number of images in the figure", "N", COUNT)
     dataset: str = setting("digits", "data set, without a run: %(choices)s", "NAME", choices=utils.DATASETS)
-    image_size: int | None = setting(None, "height and width, without a run or 64", "PIXELS", whole(8))
-    schedules: list = setting([*SCHEDULES], f"some of {SCHEDULE_NAMES}", "LIST", listed(one_of(SCHEDULES)))
+    image_size: int | None = setting(None, "size, without a run (default: the data's, or 64)", "N", whole(8))
+    schedules: list = setting([*SCHEDULES], f"some of {', '.join(SCHEDULES)}", "LIST", listed(str, SCHEDULES))
     noise_steps: int = setting(1000, "number of noise levels", "T", whole(2))
-    schedule: str | None = setting(None, "schedule, without a run: %(choices)s", "NAME", choices=SCHEDULES)
+    schedule: str | None = setting(
+        None, "noise schedule, without a run: %(choices)s (default: linear)", "NAME", choices=SCHEDULES
+    )
     at: int = setting(300, "the t whose x_t is shown in parts, for T = 1000", "t", whole(1, 1000))
     k: float = setting(1.0, "k of P2's 1 / (k + SNR)^gamma", "K", real(0, above=True))
-    levels: list | None = setting(None, "times t, as 250,500 (default: scaled to T)", "LIST", listed(COUNT))
+    levels: list | None = setting(None, "times t, as 250,500 (default: over all T)", "LIST", listed(COUNT))
     snr: list | None = setting(None, "levels by SNR, as 10,1,0.1", "LIST", listed(real(0, above=True)))
-    sampler: str | None = setting(None, "%(choices)s (default: that of previews)", "NAME", choices=SAMPLERS)
-    samplers: list = setting([*SAMPLERS], f"some of {', '.join(SAMPLERS)}", "LIST", listed(one_of(SAMPLERS)))
+    sampler: str | None = setting(None, "%(choices)s (default: as in previews)", "NAME", choices=SAMPLERS)
+    samplers: list = setting([*SAMPLERS], f"some of {', '.join(SAMPLERS)}", "LIST", listed(str, SAMPLERS))
     sample_steps: int = setting(50, "strides from t = T to 0, at most T", "N", COUNT)
     draws: int = setting(4, "number of draws by ddpm from one x_t", "K", whole(2))
-    samples: int | None = setting(None, "samples to measure (default: by the data)", "N", COUNT)
+    samples: int | None = setting(None, "samples to measure (default: up to half of the images)", "N", COUNT)
     full: bool = setting(False, "measure quality above 50 steps as well")
     labels: list | None = setting(None, "class numbers or names (default: all, or ten)", "LIST", listed(str))
     prompt: list | None = setting(None, "captions, each in quotes", "CAPTION", nargs="+", action="extend")
@@ -97,7 +97,8 @@ class Settings:
     seed: int = setting(0, "seed of all random draws", "N", whole(0, 2**63 - 1))
 
 
-Study = namedtuple("Study", "run settings least most kinds about")  # run(settings, *models); number of models
+# run(settings, *models) -> Result takes `least` to `most` models; `about` are the paragraphs of its docstring
+Study = namedtuple("Study", "run settings least most kinds about")
 STUDIES: dict[str, Study] = {}
 DIFFUSION = ("ddpm", "ddpm_conditional")
 
@@ -109,9 +110,8 @@ def study(names: str, least: int = 0, most: float = 0, kinds=DIFFUSION, **defaul
     def add(run: Callable) -> Callable:
         rows = {name: row | {"of": ""} for name, row in rows_of(Settings).items() if name in names}
         rows |= {name: rows[name] | {"default": default} for name, default in defaults.items()}
-        made = [(name, object, setting(**row)) for name, row in rows.items()]
         about = [" ".join(text.split()) for text in run.__doc__.split("\n\n")]
-        settings = make_dataclass(run.__name__, made)
+        settings = make_dataclass(run.__name__, [(n, object, setting(**row)) for n, row in rows.items()])
         STUDIES[run.__name__] = Study(torch.no_grad()(run), settings, least, most, kinds, about)
         return run
 
@@ -130,7 +130,7 @@ class Model:
     folder: Path
 
     def eps_theta(self, numbers: Tensor | None = None):
-        """The denoiser, its x_0 clipped; a conditional network gets the null condition."""
+        """The denoiser of samples of any numbers, its x_0 clipped; a conditional network gets the null condition."""
         return clip_x_0(self.diffusion, self.diffusion.denoiser(self.net))
 
     def guided(self, y: Tensor, scale: float, numbers: Tensor):
@@ -182,7 +182,7 @@ def same_data(models: Sequence[Model]) -> None:
     for model in models[1:]:
         for key in (*ddpm_conditional.SAME_DATA, "class_names"):
             if model.config[key] != models[0].config[key]:
-                differ = f"{model.path} and {models[0].path} differ in {key}"
+                differ = f"{model.path} and {models[0].path} differ in {flag(key)}"
                 raise UserError(f"{differ}: compare runs of the same data")
 
 
@@ -265,8 +265,7 @@ def pairs(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     return [join(pictures[i : i + 2], across=True) for i in range(0, len(pictures), 2)]
 
 
-# P2's stages (Choi et al. 2022): coarse things are made below an SNR of 1e-2, noise is cleaned up above 1.
-STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.inf)}  # bounds of the SNR
+STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.inf)}  # of P2, by SNR
 
 
 def over_snr(title: str, y: str, lines: dict, log: str = "xy") -> Panel:
@@ -298,7 +297,7 @@ def chains(diffusion, eps_theta, sampler, x_t, levels, steps, generators):
 
 
 def reconstructions(model, x_t: Tensor, levels: Sequence[int], draws: dict[str, int], settings) -> dict:
-    """{name: x_0 (L, draws, B, C, H, W)} out of x_t (L, B, C, H, W), noisy as levels: by one step, by chains."""
+    """x_0 of every x_t (L, B, C, H, W) at t = levels (L,), by each way; -> {way: (L, draws, B, C, H, W)}."""
     diffusion, (L, B), x_t = model.diffusion, x_t.shape[:2], x_t.to(model.device)
     steps = min(settings.sample_steps, diffusion.T)
     with progress("denoising", unit="evaluation") as bar:
@@ -363,6 +362,7 @@ def noise(settings: Settings, model: Model) -> Result:
     x_0 = chosen_images(settings, model.config, settings.images)  # (B, C, H, W)
     L, B = len(levels), len(x_0)
     mean = 0.0 if settings.image or B == 1 else x_0.mean(0)  # what all of them share; else mid-gray
+    labels = evaluator and evaluator.p(x_0).argmax(1)
     draws = {sampler: settings.draws if sampler == "ddpm" else 1 for sampler in settings.samplers}
     # Start: one x_t for each level and image, the same for all reconstructions
     generators = [seeded_generator(settings.seed, level, i) for level in levels for i in range(B)]
@@ -373,12 +373,11 @@ def noise(settings: Settings, model: Model) -> Result:
     for name, x in found.items():
         for level, several in reversed(list(zip(levels, x, strict=True))):  # several: (K, B, C, H, W)
             each = [compare(draw, x_0, mean) for draw in several]
-            row = {"reconstruction": name, "t": level, "snr": diffusion.snr[level]}
+            row, K = {"reconstruction": name, "t": level, "snr": diffusion.snr[level]}, len(several)
             row |= {key: None if each[0][key] is None else np.mean([m[key] for m in each]) for key in each[0]}
             if evaluator:
-                labels = evaluator.p(x_0).argmax(1).repeat(len(several))
-                row["classifier agrees"] = evaluator.agreement(several.flatten(0, 1), labels)
-            if len(several) > 1:  # what the draws share is what the model recovered from x_t
+                row["classifier agrees"] = evaluator.agreement(several.flatten(0, 1), labels.repeat(K))
+            if K > 1:  # what the draws share is what the model recovered from x_t
                 row["spread of draws"] = several.std(0).square().mean().sqrt().item() / 2
                 row["mse of their mean"] = ((several.mean(0) - x_0) / 2).square().mean().item()
             rows.append(row)
@@ -396,7 +395,7 @@ def noise(settings: Settings, model: Model) -> Result:
     shares = ", ".join(f"{band} {share:.0%}" for band, share in energy)
     notes = [f"over {B} images{drawn}; mse, psnr{', spread' if drawn else ''}: of images in [0, 1]"]
     notes += [f"kept: the share of x_0's energy, counted from {zero}: {shares}. low: to 0.125 cycles a"]
-    notes += ["pixel, middle: to 0.25; in colour images also luma (Y) and chroma (Cb and Cr)"]
+    notes += ["pixel, middle: to 0.25" + ("; luma: of Y, chroma: of Cb and Cr" if x_0.shape[1] == 3 else "")]
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 
 
@@ -815,7 +814,7 @@ def real_of_labels(data: utils.Data, labels: Tensor, seed: int) -> tuple[Tensor,
 
 
 def guides(settings: Settings, model: Model) -> dict[str, Callable]:
-    """What can guide the model: name -> (y (n, ...), scale, numbers) -> denoiser; UserError if nothing can."""
+    """What can guide the model, {name: (y (n, ...), scale, numbers) -> denoiser}; UserError if nothing."""
     found = {"cfg": model.guided} if model.config["kind"] == "ddpm_conditional" else {}
     path, plain = settings.guide or settings.classifier, model.diffusion.denoiser(model.net)
     if not found and not path:
@@ -1087,9 +1086,7 @@ def report(settings: Settings, model: Model) -> None:
     folder, pages, config = Path(settings.out) if settings.out else model.folder, [], model.config
     of_run = {key: config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
     given = {key: value for key, value in vars(settings).items() if value is not None}
-    for name, one in STUDIES.items():
-        if name == "report":
-            continue
+    for name, one in ((name, one) for name, one in STUDIES.items() if name != "report"):
         print(f"\n{name}")
         figure, rows, text = None, [], one.about[1]
         try:
@@ -1126,10 +1123,11 @@ def main() -> None:
         wanted = {(1, 1): "one run", (0, 1): "one run at most", (0, 2): "two runs at most"}
         takes = wanted.get((one.least, one.most), "at least one run")
         raise UserError(f"{name} takes {takes}, as runs/ddpm_digits, and {len(paths)} were given")
-    if typed.keys() >= {"image", "images"}:
-        raise UserError("--images counts images of the data set: leave it out beside --image")
+    for one_way, other in (("image", "images"), ("levels", "snr")):
+        if typed.keys() >= {one_way, other}:
+            raise UserError(f"{flag(other)} means nothing here: leave it out beside {flag(one_way)}")
     for key in sorted(typed.keys() & {"dataset", "image_size"} if paths else ()):
-        raise UserError(f"--{key.replace('_', '-')} comes from the run: leave it out")
+        raise UserError(f"{flag(key)} comes from the run: leave it out")
     chosen = one.settings(**typed)
     device, load = get_device(chosen.device), ddpm.load_network
     models = [Model(path, *load(path, device, one.kinds), device, runs.run_folder(path)) for path in paths]

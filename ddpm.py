@@ -315,19 +315,16 @@ class SamplerSettings:  # of the previews of training, too
     sampler: str = setting("ddim", f"sampler: %(choices)s {OF_RUN}", "NAME", choices=SAMPLERS)
     sample_steps: int | None = setting(None, "strides from t = T to 0 (default: 50, at most T)", "N", COUNT)
     eta: float = setting(0.0, "0 adds no fresh noise, 1 as much as DDPM", "E", real(0, 1), of="sampler=ddim")
-    variance: str = setting(
-        "posterior", "sigma_t^2: %(choices)s", "NAME", choices=VARIANCES, of="sampler=ddpm"
-    )
+    variance: str = setting("posterior", "sigma_t^2: %(choices)s", choices=VARIANCES, of="sampler=ddpm")
     runge_kutta: bool = setting(False, "begin with three Runge-Kutta strides", of="sampler=pndm")
     no_clip: bool = setting(False, "do not clip x_0 to [-1, 1] in each stride")
 
 
 def make_sampler(settings: SamplerSettings):
     """The sampler that the settings name, with the options that belong to it."""
-    own = [
-        name for name, row in rows_of(type(settings)).items() if f"sampler={settings.sampler}" in row["of"]
-    ]
-    return partial(SAMPLERS[settings.sampler], **{name: getattr(settings, name) for name in own})
+    name, rows = settings.sampler, rows_of(type(settings))
+    own = {option: getattr(settings, option) for option in rows if f"sampler={name}" in rows[option]["of"]}
+    return partial(SAMPLERS[name], **own)
 
 
 def clip_x_0(diffusion: Diffusion, eps_theta):
@@ -365,9 +362,7 @@ def train(loss_fn, trainer: Trainer) -> None:
     """
     # Start: training (DDPM, Algorithm 1)
     for x_0, y, generator in trainer:  # lines 1 and 2: repeat; x_0 ~ q(x_0)
-        loss = loss_fn(
-            trainer.net, x_0, y, generator
-        )  # lines 3 to 5: t, eps, and ||eps - eps_theta(x_t, t)||^2
+        loss = loss_fn(trainer.net, x_0, y, generator)  # lines 3 to 5: t, eps, and the error of the network
         trainer.step(loss)  # line 5: take a gradient step; line 6: until the last epoch
     # End
 
@@ -377,7 +372,7 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
     # Start: sampling
     x_T, generators = numbered_noise(numbers, shape, seed)  # line 1: x_T ~ N(0, I)
     if not settings.no_clip:
-        eps_theta = clip_x_0(diffusion, eps_theta)
+        eps_theta = clip_x_0(diffusion, eps_theta)  # not in the papers' algorithms: keeps x_0 in range
     sampler, timesteps = make_sampler(settings), diffusion.timesteps(settings.sample_steps)
     return sampler(diffusion, eps_theta, x_T.to(device), timesteps, generators)  # lines 2 to 6
     # End
@@ -407,9 +402,11 @@ def denoiser_loss(sigma: float, net, x_0: Tensor, y: Tensor | None = None, gener
 
     `sigma` counts in units of images in [0, 1] (Berkeley CS180, project 5, B.1), so 2 sigma of ours.
     """
+    # Start: training step of the single-step denoiser (CS180, project 5, B.1)
     z = x_0 + 2 * sigma * randn_like(x_0, generator)  # z = x + sigma eps
     t = torch.zeros(len(z), dtype=torch.long, device=z.device)  # one level: the network needs no time
     return (net(z, t).to(x_0.dtype) - x_0).square().mean()  # ||D_theta(z) - x||^2
+    # End
 
 
 def single_step(command: Command, data: utils.Data, device: torch.device) -> Task:

@@ -10,51 +10,45 @@
 
 An edit makes or wraps a denoiser eps_theta(x_t, t), or acts before or between segments of sampling. So every
 edit works with every sampler and every guidance of the other scripts. Papers, as arxiv.org/abs/NUMBER: SDEdit
-2108.01073, RePaint 2201.09865, Visual Anagrams 2311.17919, Factorized Diffusion 2404.11615, DreamFusion
-2209.14988, DDNM 2212.00490.
+2108.01073, replacement 2011.13456, RePaint 2201.09865, Visual Anagrams 2311.17919, Factorized Diffusion
+2404.11615, DreamFusion 2209.14988, DDNM 2212.00490.
 
-`eps_theta`, `eps_1`, `eps_2` are denoisers, `sampler` is one of ddpm.SAMPLERS, `timesteps` a decreasing list
-for it, `x` and `x_0` are images (B, C, H, W), x_0 in [-1, 1], and `generator` is one, or a list of one each.
+`eps_theta`, `eps_1` and `eps_2` are denoisers, `sampler` is one of ddpm.SAMPLERS, `timesteps` a decreasing
+list, `x` and `x_0` are images (B, C, H, W), x_0 in [-1, 1], and `generator` is one, or a list of one each.
 """
 
 import re
 import shlex
 from collections import namedtuple
-from collections.abc import Callable, Sequence
 from dataclasses import make_dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 import ddpm
 import ddpm_conditional
-from ddpm import Diffusion, SamplerSettings, clip_x_0, ddim_stride
-from ddpm_conditional import SAME_DATA, GuidanceSettings, load_classifier
 from support import settings as cli
 from support.errors import UserError, note, run_main
 from support.files import new_path
 from support.generators import randn_like, seeded_generator
-from support.images import open_image, read_images, resized, to_pictures, upright
+from support.images import read_images, to_pictures
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import distance, diversity, psnr, saturation
 from support.operators import PROBLEMS, VIEWS, Measurement, View, is_isometry, low_pass, turned
 from support.pictures import make_grid, save_picture
 from support.runs import model_name, prepare_folders, run_folder
-from support.settings import COUNT, POSITIVE, listed, one_of, real, setting, whole
+from support.settings import COUNT, POSITIVE, listed, real, setting, whole
 from support.text import conditions
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. SDEdit: noise an image to some level, and denoise it from there
 
 
-def sdedit(diffusion: Diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Tensor:
+def sdedit(diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Tensor:
     """x_0 noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
     # Start: SDEdit
     t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
@@ -67,37 +61,28 @@ def sdedit(diffusion: Diffusion, sampler, eps_theta, x_0, timesteps, generator=N
 # 2. Inpainting: known pixels replace what the model makes of them
 
 
-def replacement(diffusion: Diffusion, eps_theta, x_0, hole: Tensor, generator=None):
-    """The denoiser of x_t with the pixels of x_0, noised to t, outside the hole, bool (1, 1, H, W).
+def inpaint(diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generator=None) -> Tensor:
+    """x at the first timestep -> x_0 with its hole, bool (1, 1, H, W), filled (RePaint, Algorithm 1).
 
-    Song et al. 2021 (arxiv.org/abs/2011.13456), appendix I.2; RePaint, eq. 8.
+    `parts` come from `segments`. A part that is sampled several times, and noised again in between, makes the
+    hole agree with its surroundings; one part that is sampled once is replacement (Song et al. 2021, I.2).
     """
 
     def eps_theta_inpainting(x_t: Tensor, t: Tensor) -> Tensor:
         known, _ = diffusion.noise_images(x_0, t, generator)  # eq. 8a: q(x_t | x_0), new noise at each t
         return eps_theta(torch.where(hole, x_t, known), t)  # eq. 8c
 
-    return eps_theta_inpainting
-
-
-def inpaint(diffusion: Diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generator=None) -> Tensor:
-    """x at the first timestep -> x_0 with its hole filled (RePaint, Algorithm 1).
-
-    `parts` come from `segments`. A part that is sampled several times, and noised again in between, makes the
-    hole agree with its surroundings; one part that is sampled once is plain replacement.
-    """
-    eps_theta = replacement(diffusion, eps_theta, x_0, hole, generator)
     # Start: RePaint
     for timesteps, times in parts:
         for u in range(times):  # line 3
-            x = sampler(diffusion, eps_theta, x, timesteps, generator)  # lines 4 to 8
+            x = sampler(diffusion, eps_theta_inpainting, x, timesteps, generator)  # lines 4 to 8
             if u < times - 1:  # line 9
                 x = renoise(diffusion, x, timesteps[-1], timesteps[0], generator)  # line 10
     return torch.where(hole, x, x_0)
     # End
 
 
-def segments(timesteps: Sequence[int], resample: int, jump: int) -> list[tuple[Sequence[int], int]]:
+def segments(timesteps: list[int], resample: int, jump: int) -> list[tuple[list[int], int]]:
     """Parts of `jump` strides, each with the number of times to sample it; the last stride, to 0, once."""
     if resample == 1:
         return [(timesteps, 1)]  # in one piece, so that a multistep sampler keeps its history
@@ -106,7 +91,7 @@ def segments(timesteps: Sequence[int], resample: int, jump: int) -> list[tuple[S
     return [*parts, (timesteps[-2:], 1)]
 
 
-def renoise(diffusion: Diffusion, x: Tensor, s: int, t: int, generator=None) -> Tensor:
+def renoise(diffusion, x: Tensor, s: int, t: int, generator=None) -> Tensor:
     """x_t ~ q(x_t | x_s) from x = x_s, for s < t (DDPM, eq. 2, over several steps)."""
     alpha = (diffusion.alpha_bar[t] / diffusion.alpha_bar[s]).item()
     return alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x, generator)
@@ -122,10 +107,7 @@ def anagram(eps_1, eps_2, view: View):
 
 
 def hybrid(eps_1, eps_2, sigma: float | None = None):
-    """`G eps_1 + eps_2 - G eps_2`: low frequencies of one denoiser, high ones of another.
-
-    G is a Gaussian blur of `sigma` pixels (Factorized Diffusion, Geng et al. 2024, section 3).
-    """
+    """`G eps_1 + eps_2 - G eps_2`, G a Gaussian blur of `sigma` pixels (Factorized Diffusion, section 3)."""
     return lambda x_t, t: low_pass(eps_1(x_t, t), sigma) + (fine := eps_2(x_t, t)) - low_pass(fine, sigma)
 
 
@@ -134,7 +116,7 @@ def hybrid(eps_1, eps_2, sigma: float | None = None):
 
 
 @torch.no_grad()
-def ddim_inversion(diffusion: Diffusion, eps_theta, x, timesteps, iterations: int = 5) -> Tensor:
+def ddim_inversion(diffusion, eps_theta, x, timesteps, iterations: int = 5) -> Tensor:
     """The noise x_T from which DDIM makes the images x, by the same decreasing timesteps.
 
     A stride of DDIM from t to s is x_s = stride(x_t, eps_theta(x_t, t)). Its inverse is the fixed point of
@@ -146,10 +128,10 @@ def ddim_inversion(diffusion: Diffusion, eps_theta, x, timesteps, iterations: in
     for s, t in pairwise(reversed(timesteps)):
         ab_s, ab_t = diffusion.alpha_bar[s].item(), diffusion.alpha_bar[t].item()
         at_t, x_s = torch.full((len(x),), t, device=x.device), x
-        x = ddim_stride(x_s, eps, ab_s, ab_t)  # eq. 12 with s and t exchanged
+        x = ddpm.ddim_stride(x_s, eps, ab_s, ab_t)  # eq. 12 with s and t exchanged
         for _ in range(iterations):
             eps = eps_theta(x, at_t)
-            x = ddim_stride(x_s, eps, ab_s, ab_t)  # the same with the eps at t, which sampling will use
+            x = ddpm.ddim_stride(x_s, eps, ab_s, ab_t)  # the same with the eps at t, which sampling will use
     return x
     # End
 
@@ -171,8 +153,7 @@ def mixture(eps_1, eps_2, u: Tensor):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# 5. Score distillation: optimise an image x = g(theta) until the denoiser is right about it at every noise
-# level. A parameterisation makes the tensors theta and the function g() -> x from noise (B, C, H, W).
+# 5. Score distillation of images x = g(theta); a parameterisation makes theta and g from noise (B, C, H, W)
 
 
 def pixels(noise: Tensor):
@@ -209,7 +190,7 @@ def low_rank(noise: Tensor):
 PARAMETERISATIONS = {"pixels": pixels, "fourier": fourier, "low_rank": low_rank}
 
 
-def score_distillation(diffusion: Diffusion, eps_theta, parameters, steps, lr, generators, snapshot_steps=()):
+def score_distillation(diffusion, eps_theta, parameters, steps, lr, generators, snapshot_steps=()):
     """Images in whose noised versions the denoiser recognises the noise, on average over t.
 
     Adam along w(t) (eps_theta(x_t, t) - eps) dx/dtheta, w = 1 - alpha_bar (DreamFusion, Poole et al. 2023,
@@ -239,7 +220,7 @@ def score_distillation(diffusion: Diffusion, eps_theta, parameters, steps, lr, g
 # 6. Linear restoration: the model fills in what a measurement y = A x leaves open
 
 
-def ddnm(diffusion: Diffusion, eps_theta, measurement: Measurement, y: Tensor):
+def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
     """The denoiser whose x_0 agrees with the measurement y, eps derived again (DDNM, Algorithm 1)."""
 
     def eps_theta_restoring(x_t: Tensor, t: Tensor) -> Tensor:
@@ -273,7 +254,7 @@ class EditSettings:  # of all tasks; EDITS below lists those of each
     sigma: float | None = setting(None, "blur, in pixels (default: 2 at 64x64, scaled)", "S", real(0.1))
     frames: int = setting(7, "images from the first to the second, both included", "N", whole(2))
     iterations: int = setting(5, "iterations of the fixed point in each stride", "N", COUNT)
-    parameterisations: list = setting(["pixels", "fourier"], KINDS, "LIST", listed(one_of(PARAMETERISATIONS)))
+    parameterisations: list = setting(["pixels", "fourier"], KINDS, "LIST", listed(str, PARAMETERISATIONS))
     steps: int = setting(500, "steps of Adam", "N", COUNT)
     lr: float = setting(0.03, "learning rate of Adam", "RATE", POSITIVE)
     problem: str = setting("super_resolve", "problem: %(choices)s", "NAME", choices=PROBLEMS)
@@ -309,21 +290,21 @@ class Model:
         ddpm_conditional.check_guidance(self.guidance, self.diffusion.T)
 
         self.names, self.y = [""], None  # the conditions (R, ...), if any
-        conditional = self.config["kind"] == "ddpm_conditional"
-        if typed and not conditional:
+        if typed and self.config["kind"] != "ddpm_conditional":
             raise UserError(f"{path} is an unconditional model: leave out {typed[0]}, or name another run")
         if typed:
             self.names, self.y = conditions(path, self.config, self.settings)
             ddpm_conditional.settle_scale(self.config.get("p_uncond", 0.1), command)
-        elif conditional:
+        elif self.config["kind"] == "ddpm_conditional":
             note(f"{path} is conditional: without --labels or --prompt it gets the null condition")
-        path = self.settings.classifier
-        self.classifier = path and load_classifier(path, self.config, self.device, SAME_DATA)
+        path, same = self.settings.classifier, ddpm_conditional.SAME_DATA
+        self.classifier = path and ddpm_conditional.load_classifier(path, self.config, self.device, same)
         self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
         T, steps = self.diffusion.T, self.sampling.sample_steps
         self.timesteps = self.diffusion.timesteps(steps) if steps else ddpm.strided_timesteps(T)
         self.sampling.sample_steps = steps = len(self.timesteps) - 1
-        self.shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
+        shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
+        self.watched = lambda eps_theta, bar: Watched(eps_theta, T, bar, shown)
 
     def read_images(self, size: int | None = None) -> tuple[Tensor, list[Item]]:
         """The user's images (N, C, H, W), of the model's size or another, and the items to make of them."""
@@ -338,45 +319,41 @@ class Model:
             made.append(Item(i, k, d, ", ".join(filter(None, label))))
         return made
 
-    def generators(self, items: Sequence[Item]) -> list[torch.Generator]:
+    def generators(self, items: list[Item]) -> list[torch.Generator]:
         """One for each item: the same for all conditions, to compare them."""
         return [seeded_generator(self.machine.seed, item.draw, item.image) for item in items]
 
-    def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """x_T (B, C, H, W)."""
+    def noise(self, generators: list[torch.Generator]) -> Tensor:  # x_T (B, C, H, W)
         return randn_like(torch.empty(len(generators), *self.shape, device=self.device), generators)
 
-    def denoiser(self, items: Sequence[Item], scale: float | None = None):
+    def denoiser(self, items: list[Item], scale: float | None = None):
         """eps_theta for a batch, each item with its condition, guided at `scale` or at --guidance-scale."""
+        scales = self.guidance.guidance_scale if scale is None else [scale]
         if self.y is None:
             return self.diffusion.denoiser(self.net)
-        if scale is None and len(self.guidance.guidance_scale) > 1:
+        if len(scales) > 1:
             raise UserError("--guidance-scale: one scale, please; only sds compares several")
         y = self.y[[item.condition for item in items]].to(self.device)
-        scale = self.guidance.guidance_scale[0] if scale is None else scale
-        return ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scale, self.guidance)
-
-    def watched(self, eps_theta, bar: tqdm) -> Watched:
-        return Watched(eps_theta, self.diffusion.T, bar, self.shown)
+        return ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scales[0], self.guidance)
 
     def clipped(self, eps_theta):
-        return eps_theta if self.sampling.no_clip else clip_x_0(self.diffusion, eps_theta)
+        return eps_theta if self.sampling.no_clip else ddpm.clip_x_0(self.diffusion, eps_theta)
 
-    def sampler(self, diffusion: Diffusion, eps_theta, x, timesteps, generator=None) -> Tensor:
+    def sampler(self, diffusion, eps_theta, x, timesteps, generator=None) -> Tensor:
         """The sampler of the command line; it clips x_0 unless --no-clip."""
         return ddpm.make_sampler(self.sampling)(diffusion, self.clipped(eps_theta), x, timesteps, generator)
 
-    def sample(self, eps_theta, items: Sequence[Item]) -> Tensor:
+    def sample(self, eps_theta, items: list[Item]) -> Tensor:
         generators = self.generators(items)
         return self.sampler(self.diffusion, eps_theta, self.noise(generators), self.timesteps, generators)
 
-    @torch.no_grad()
-    def classes(self, x: Tensor) -> list[str]:
-        """The names that the classifier gives images (B, C, H, W)."""
-        labels = self.classifier(x.to(self.device), torch.ones(len(x), dtype=torch.long, device=self.device))
-        return [self.config["class_names"][label] for label in labels.argmax(1).tolist()]
+    def classes(self, *columns: Tensor) -> list[tuple]:
+        """The classifier's names of the images in each row of columns (N, C, H, W); [] without one."""
+        t = torch.ones(len(columns[0]), dtype=torch.long, device=self.device)
+        found = [self.classifier(x.to(self.device), t).argmax(1).tolist() for x in columns if self.classifier]
+        return [tuple(self.config["class_names"][label] for label in row) for row in zip(*found, strict=True)]
 
-    def batches(self, what: str, items: Sequence, edit: Callable[..., dict], images: int = 1) -> dict:
+    def batches(self, what: str, items, edit, images: int = 1) -> dict[str, Tensor]:
         """The columns of `edit(items of a batch, bar)`, joined; an item moves the bar by so many images."""
         columns, size = {}, self.settings.batch_size
         with progress(what, images * len(items)) as bar:
@@ -386,7 +363,7 @@ class Model:
         return {head: torch.cat(parts) for head, parts in columns.items()}
 
 
-def counted(eps_theta, bar: tqdm, evaluations: int):
+def counted(eps_theta, bar, evaluations: int):
     """The denoiser, moving a bar whose images take so many evaluations each."""
     return lambda x_t, t: (eps_theta(x_t, t), bar.update(len(x_t) / evaluations))[0]
 
@@ -396,25 +373,21 @@ def counted(eps_theta, bar: tqdm, evaluations: int):
 # results (M, C, H, W), and notes of what was measured
 
 
-def sdedit_timesteps(model: Model) -> dict[str, list[int]]:
-    """The timesteps from each start on, by the head of its column; UserError for a start out of range."""
-    timesteps, chosen, strengths = model.timesteps, model.settings.i_start, model.settings.strength
-    last = len(timesteps) - 2
+def run_sdedit(model: Model):
+    """Noise an image to several levels, and denoise it from there (SDEdit), by default in 33 strides."""
+    diffusion, timesteps, last = model.diffusion, model.timesteps, len(model.timesteps) - 2
+    chosen, strengths = model.settings.i_start, model.settings.strength
     if chosen and strengths:
         raise UserError("--i-start and --strength both say where to start: leave one out")
     if chosen and max(chosen) > last:
         raise UserError(f"--i-start {max(chosen)}: the last stride to start at is {last}")
-    starts = {f"strength {s:g}": max(1, round(s * model.diffusion.T)) for s in strengths or ()}
-    for i in () if strengths else chosen or [i for i in I_STARTS if i <= last] or [0]:
-        starts[f"i_start {i}"] = timesteps[i]
-    return {f"{name}, t = {t}": [t, *(s for s in timesteps if s < t)] for name, t in starts.items()}
+    starts = {f"strength {s:g}": max(1, round(s * diffusion.T)) for s in strengths or ()}
+    chosen = [] if strengths else chosen or [i for i in I_STARTS if i <= last] or [0]
+    starts |= {f"i_start {i}": timesteps[i] for i in chosen}
+    ways = {f"{name}, t = {t}": [t, *(s for s in timesteps if s < t)] for name, t in starts.items()}
+    images, items = model.read_images()
 
-
-def run_sdedit(model: Model):
-    """Noise an image to several levels, and denoise it from there (SDEdit), by default in 33 strides."""
-    ways, diffusion, (images, items) = sdedit_timesteps(model), model.diffusion, model.read_images()
-
-    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+    def edit(items: list[Item], bar) -> dict[str, Tensor]:
         x_0 = images[[item.image for item in items]]
         columns = {"input": x_0.repeat_interleave(2, 0)}  # two rows for each item
         for head, timesteps in ways.items():
@@ -434,28 +407,17 @@ def read_hole(box: list[int] | None, mask: str | None, size: int) -> Tensor:
     """The hole of --box, or the white of --mask, bool (size, size); UserError if there is none."""
     if (box is None) == (mask is None):
         raise UserError("inpaint fills --box x,y,w,h or the white of --mask FILE: leave one of them out")
-    if box is not None:
-        if len(box) != 4 or 0 in box[2:]:
-            raise UserError("--box: expected x,y,w,h in pixels, w and h at least 1")
-        (x, y, w, h), hole = box, torch.zeros(size, size, dtype=torch.bool)
-        if max(x + w, y + h) > size:
-            raise UserError(f"--box leaves the image: x + w and y + h are at most {size}, the model's size")
-        hole[y : y + h, x : x + w] = True
+    if mask is not None:
+        hole = read_images([mask], size, 1, mask=True)[0, 0] > 0
+        if not hole.any():
+            raise UserError(f"--mask {mask} has no hole: paint white what to fill, and black what to keep")
         return hole
-    try:
-        with open_image(Path(mask), size) as picture:
-            before = picture.size
-        picture = upright(Path(mask), size, 1, "black")  # transparent pixels count as not painted
-    except FileNotFoundError:
-        raise UserError(f"--mask {mask}: there is no such file") from None
-    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        raise UserError(f"--mask {mask} can't be read as an image: {error}") from None
-    if before != (size, size):
-        note(f"{resized(mask, before, size)}, nearest")
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.NEAREST)
-    hole = torch.from_numpy(np.asarray(picture) >= 128)
-    if not hole.any():
-        raise UserError(f"--mask {mask} has no hole: paint white what to fill, and black what to keep")
+    if len(box) != 4 or 0 in box[2:]:
+        raise UserError("--box: expected x,y,w,h in pixels, w and h at least 1")
+    (x, y, w, h), hole = box, torch.zeros(size, size, dtype=torch.bool)
+    if max(x + w, y + h) > size:
+        raise UserError(f"--box leaves the image: x + w and y + h are at most {size}, the model's size")
+    hole[y : y + h, x : x + w] = True
     return hole
 
 
@@ -467,7 +429,7 @@ def run_inpaint(model: Model):
     hole = read_hole(settings.box, settings.mask, model.shape[-1])[None, None].to(model.device)
     parts = segments(model.timesteps, settings.resample, settings.jump)
 
-    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+    def edit(items: list[Item], bar) -> dict[str, Tensor]:
         x_0, generators = images[[item.image for item in items]], model.generators(items)
         eps_theta, x_T = model.watched(model.denoiser(items), bar), model.noise(generators)
         x = inpaint(model.diffusion, model.sampler, eps_theta, x_T, parts, x_0, hole, generators)
@@ -475,21 +437,21 @@ def run_inpaint(model: Model):
 
     columns = model.batches("inpaint", items, edit)
     labels, notes = [item.label for item in items], []
-    if model.classifier:
-        pairs = list(zip(model.classes(columns["result"]), model.classes(columns["input"]), strict=True))
+    if pairs := model.classes(columns["result"], columns["input"]):
         rows = zip(labels, pairs, strict=True)
         labels = [f"{label} seen as {new}, the input as {old}".lstrip() for label, (new, old) in rows]
-        same = sum(new == old for new, old in pairs)
-        notes = [f"the classifier names {same} of {len(items)} as it names the input"]
+        notes = [
+            f"the classifier names {sum(a == b for a, b in pairs)} of {len(pairs)} as it names the input"
+        ]
     return columns, labels, columns["result"], notes
 
 
-def draw_pair(model: Model, compose: Callable, columns_of: Callable[[Tensor], dict]) -> dict[str, Tensor]:
-    """Columns of pictures drawn by compose(eps_1, eps_2), the denoisers of two conditions."""
+def draw_pair(model: Model, compose, columns_of) -> dict[str, Tensor]:
+    """The x_t, and columns_of(x), of pictures x drawn by compose(eps_1, eps_2) of two conditions."""
     if len(model.names) != 2:
         raise UserError("this takes a conditional model and two conditions: --labels 6,9, or two of --prompt")
 
-    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+    def edit(items: list[Item], bar) -> dict[str, Tensor]:
         pair = (model.denoiser([Item(condition=k)] * len(items)) for k in (0, 1))
         eps_theta = model.watched(compose(*pair), bar)
         x = model.sample(eps_theta, items)
@@ -498,7 +460,7 @@ def draw_pair(model: Model, compose: Callable, columns_of: Callable[[Tensor], di
     return model.batches("drawing", [Item(draw=draw) for draw in range(model.settings.draws)], edit)
 
 
-def make_view(name: str, shape: Sequence[int], pieces: int, seed: int) -> View:
+def make_view(name: str, shape: tuple, pieces: int, seed: int) -> View:
     """The view of that name, in VIEWS or "rotateN", by N degrees; UserError unless it is an isometry."""
     angle = re.fullmatch("rotate([0-9]{1,3})", name)
     if name not in VIEWS and not angle:
@@ -515,8 +477,7 @@ def run_anagram(model: Model):
     view = make_view(settings.view, model.shape, settings.pieces, model.machine.seed)
     columns = draw_pair(model, partial(anagram, view=view), lambda x: {"as it is": x, seen: view.see(x)})
     labels, notes = [" / ".join(model.names)] * settings.draws, []
-    if model.classifier:
-        found = list(zip(model.classes(columns["as it is"]), model.classes(columns[seen]), strict=True))
+    if found := model.classes(columns["as it is"], columns[seen]):
         labels = [f"{label} seen as {a} / {b}" for label, (a, b) in zip(labels, found, strict=True)]
         notes = [f"the classifier names both as asked in {found.count(tuple(model.names))} of {len(found)}"]
     return columns, labels, columns["as it is"], notes
@@ -541,31 +502,29 @@ def run_interpolate(model: Model):
     """From one image to another, through the noise from which DDIM makes them."""
     if model.sampling.sampler == "ddpm" or model.sampling.eta:
         note("this sampler adds fresh noise, so it does not give the images back")
-    (images, _), names, frames = model.read_images(), model.names, model.settings.frames
+    (images, _), names, last = model.read_images(), model.names, model.settings.frames - 1
     if len(images) != 2 or len(names) > 2:
         raise UserError("interpolate takes two --image files, and one condition for both, or one for each")
-    diffusion, timesteps, iterations = model.diffusion, model.timesteps, model.settings.iterations
-    ends = [Item(image=0), Item(image=1, condition=len(names) - 1)]
+    ends, iterations = [Item(), Item(condition=len(names) - 1)], model.settings.iterations
     with progress("inversion", 2) as bar:
-        eps_theta = counted(model.denoiser(ends), bar, iterations * (len(timesteps) - 1))
-        x_T = ddim_inversion(diffusion, model.clipped(eps_theta), images, timesteps, iterations)
-    a, b = x_T.cpu().unsqueeze(1)  # (1, C, H, W) each
+        eps_theta = counted(model.denoiser(ends), bar, iterations * (len(model.timesteps) - 1))
+        x_T = ddim_inversion(model.diffusion, model.clipped(eps_theta), images, model.timesteps, iterations)
+    images, (a, b) = images.cpu(), x_T.cpu().unsqueeze(1)  # a and b (1, C, H, W)
 
-    def edit(numbers: Sequence[int], bar: tqdm) -> dict[str, Tensor]:
-        B, u = len(numbers), torch.tensor(numbers) / (frames - 1)
+    def edit(numbers: range, bar) -> dict[str, Tensor]:
+        B, u = len(numbers), torch.tensor(numbers) / last
         eps_1, eps_2 = (model.denoiser([end] * B) for end in ends)
         eps_theta = mixture(eps_1, eps_2, u.to(model.device)) if len(names) == 2 else eps_1
         eps_theta, x_T = model.watched(eps_theta, bar), slerp(a.expand(B, -1, -1, -1), b, u)
         generators = model.generators([Item()] * B)  # the same for all, where the sampler adds noise
-        x_0 = model.sampler(diffusion, eps_theta, x_T.to(model.device), timesteps, generators)
+        x_0 = model.sampler(model.diffusion, eps_theta, x_T.to(model.device), model.timesteps, generators)
         return {"found": torch.stack([x_T, x_0.cpu()], 1)}
 
-    found = model.batches("sampling", range(frames), edit)["found"]  # (frames, 2, C, H, W)
-    columns, notes = {f"u = {u}/{frames - 1}": pair for u, pair in enumerate(found)}, []
-    columns = {"image 1": images[[0, 0]].cpu(), **columns, "image 2": images[[1, 1]].cpu()}
-    for i, x_0 in ((1, found[0, 1]), (2, found[-1, 1])):
-        far = distance(x_0, images[i - 1].cpu())
-        notes.append(f"image {i}: inverted and sampled again it is {far:.2g} rms away")
+    found = model.batches("sampling", range(last + 1), edit)["found"]  # (frames, 2, C, H, W)
+    columns = {f"u = {u}/{last}": pair for u, pair in enumerate(found)}
+    columns = {"image 1": images[[0, 0]], **columns, "image 2": images[[1, 1]]}
+    far = [distance(found[i, 1], images[i]) for i in (0, -1)]
+    notes = [f"image {i}: inverted and sampled again it is {d:.2g} rms away" for i, d in enumerate(far, 1)]
     return columns, ["x_T", f"x_0 {' to '.join(names)}".rstrip()], found[:, 1], notes
 
 
@@ -574,7 +533,7 @@ def run_sds(model: Model):
     settings, diffusion, items, steps = model.settings, model.diffusion, model.items(), model.settings.steps
     snapshot_steps = sorted({max(1, steps // 10), max(1, steps // 3), steps})
 
-    def make(items: Sequence[Item], bar: tqdm, scale: float, kind: str | None) -> dict[str, Tensor]:
+    def make(items: list[Item], bar, scale: float, kind: str | None) -> dict[str, Tensor]:
         eps_theta, generators, lr = model.denoiser(items, scale), model.generators(items), settings.lr
         if kind is None:
             x = model.sample(model.watched(eps_theta, bar), items)
@@ -584,16 +543,16 @@ def run_sds(model: Model):
         return {"x": x.transpose(0, 1)}
 
     columns, notes, results = {}, [], []
-    for scale in model.guidance.guidance_scale if model.y is not None else [1.0]:
-        for kind in (None, *settings.parameterisations):
-            name = f"sds, {kind}" if kind else model.sampling.sampler
-            x = model.batches(name, items, partial(make, scale=scale, kind=kind))["x"]  # (N, S, C, H, W)
-            head = name + (f", scale {scale:g}" if model.y is not None else "")
-            last, columns[head] = x[:, -1].clamp(-1, 1), x.flatten(0, 1)
-            among = diversity(last, torch.tensor([item.condition for item in items]))
-            more = "" if among is None else f", diversity {among:.3f}"
-            notes.append(f"{head}: saturation {saturation(last):.3f}{more}")
-            results += [last] if kind else []
+    scales = [1.0] if model.y is None else model.guidance.guidance_scale
+    for scale, kind in product(scales, (None, *settings.parameterisations)):
+        name = f"sds, {kind}" if kind else model.sampling.sampler
+        x = model.batches(name, items, partial(make, scale=scale, kind=kind))["x"]  # (N, S, C, H, W)
+        head = name if model.y is None else f"{name}, scale {scale:g}"
+        last, columns[head] = x[:, -1].clamp(-1, 1), x.flatten(0, 1)
+        among = diversity(last, torch.tensor([item.condition for item in items]))
+        more = "" if among is None else f", diversity {among:.3f}"
+        notes.append(f"{head}: saturation {saturation(last):.3f}{more}")
+        results += [last] if kind else []
     rows = enumerate(product(items, snapshot_steps))
     shown = {i: f"{item.label} after {step}" for i, (item, step) in rows if item.draw == 0 or step == steps}
     columns = {head: x[list(shown)] for head, x in columns.items()}
@@ -605,13 +564,12 @@ def run_restore(model: Model):
     settings, off = model.settings, []
     options = {"super_resolve": {"factor": settings.factor}, "deblur": {"sigma": settings.blur_sigma}}
     measurement = PROBLEMS[settings.problem](model.shape, **options.get(settings.problem, {}))
-    shape = measurement.A(torch.zeros(1, *model.shape)).shape[1:]  # of a measurement
+    shape = measurement.A(torch.zeros(1, *model.shape)).shape[1:]  # of y; an image file has C channels
     images, items = model.read_images(shape[-1] if settings.degraded else None)
-    done = settings.degraded and images.shape[1:] == shape  # a gray image is read with three channels
 
-    def edit(items: Sequence[Item], bar: tqdm) -> dict[str, Tensor]:
+    def edit(items: list[Item], bar) -> dict[str, Tensor]:
         given, eps_theta = images[[item.image for item in items]], model.watched(model.denoiser(items), bar)
-        y = given if done else measurement.A(given)
+        y = given if settings.degraded and given.shape[1:] == shape else measurement.A(given)
         x = model.sample(ddnm(model.diffusion, eps_theta, measurement, y), items)
         x = measurement.project(x, y)  # exactly, after extrapolation and clipping
         off.append((measurement.A(x.clamp(-1, 1)) - y).abs().max().item() / 2)  # as a file has it
@@ -621,15 +579,14 @@ def run_restore(model: Model):
 
     columns = model.batches("restore", items, edit)
     notes = [f"the result's own measurement is within {max(off):.2g} of the one given, in [0, 1]"]
-    for head in [h for h in ("measured", "A+ y", "result") if h in columns and "input" in columns]:
-        dB = psnr(columns[head].clamp(-1, 1), columns["input"]).mean()
-        notes.append(f"{head}: PSNR {dB:.2f} dB")
+    heads = [head for head in ("measured", "A+ y", "result") if head in columns and "input" in columns]
+    notes += [f"{h}: PSNR {psnr(columns[h].clamp(-1, 1), columns['input']).mean():.2f} dB" for h in heads]
     return columns, [item.label for item in items], columns["result"], notes
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Command line
-GROUPS = [EditSettings, GuidanceSettings, SamplerSettings, MachineSettings]
+GROUPS = [EditSettings, ddpm_conditional.GuidanceSettings, ddpm.SamplerSettings, MachineSettings]
 Edit = namedtuple("Edit", "run flags defaults", defaults=({},))
 EDITS = {
     "sdedit": Edit(run_sdedit, "image i_start strength draws", dict(sample_steps=None)),
@@ -650,8 +607,10 @@ def make_parser() -> cli.Parser:
         groups, what, own, left_out = {}, edit.run.__doc__, edit.defaults, of_some - {*edit.flags.split()}
         for group in GROUPS:
             rows = {name: row for name, row in cli.rows_of(group).items() if name not in left_out}
-            rows = {name: row | {"default": own.get(name, row["default"])} for name, row in rows.items()}
-            if group is SamplerSettings:
+            for name, row in rows.items():
+                row["of"] = " ".join(choice for choice in row["of"] if "guidance=" not in choice)
+                row["default"] = own.get(name, row["default"])
+            if group is ddpm.SamplerSettings:
                 default = own.get("sampler", "that of the run's previews")
                 rows["sampler"]["help"] = f"sampler: %(choices)s (default: {default})"
             made = [(name, object, setting(**row)) for name, row in rows.items()]
@@ -660,28 +619,25 @@ def make_parser() -> cli.Parser:
     return parser
 
 
-def caption_of(task: str, model: Model, command: cli.Command) -> str:
-    """What is written above a figure: the task, settings that were typed, and the model."""
-    shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}
-    names = [name for name in (*EDITS[task].flags.split(), "no_clip") if name in shown]
-    own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
-    scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
-    made = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
-    made = made if model.y is not None else f"{command['sampler']} {command['sample_steps']} steps"
-    return ", ".join([task, *own, model_name(model.config), made, f"seed {command['seed']}"])
-
-
 def main() -> None:
     typed = vars(make_parser().parse_args())
-    run, _, defaults = EDITS[task := typed.pop("task")]
+    run, flags, defaults = EDITS[task := typed.pop("task")]
     command = cli.make_command(typed, GROUPS)
     model, out = Model(command, defaults), command["out"]
-    folder = run_folder(command["checkpoint"]) / "edits"
-    prepare_folders(folder, out)
+    prepare_folders(folder := run_folder(command["checkpoint"]) / "edits", out)
     columns, labels, results, notes = run(model)
+
+    shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}  # settings in the caption
+    names = [name for name in (*flags.split(), "no_clip") if name in shown]
+    own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
+    made = f"{command['sampler']} {command['sample_steps']} steps"
+    if model.y is not None:
+        scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
+        made = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
+    about = ", ".join([task, *own, model_name(model.config), made, f"seed {command['seed']}"])
     heads = [f"t = {head}" if isinstance(head, int) else head for head in columns]
-    caption = "; ".join([caption_of(task, model, command), *notes])
-    grid = make_grid(torch.stack(list(columns.values()), 1).flatten(0, 1), caption, len(heads), labels, heads)
+    x, caption = torch.stack(list(columns.values()), 1).flatten(0, 1), "; ".join([about, *notes])
+    grid = make_grid(x, caption, len(heads), labels, heads)
     path = save_picture(grid, new_path(folder / f"{task}.png", ".png"))
     print("\n".join([*notes, f"figure   {shlex.quote(str(path))}"]))
     if out:

@@ -50,8 +50,7 @@ def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] |
                 f"{folder / unknown[0]} is no class of names.csv or the devkit: rename or move it"
             )
         return folder, files, [number_of[key(folders[k])] for k in labels], official
-    numbers = labels_by_file(files, near, split)
-    if not numbers:
+    if not (numbers := labels_by_file(files, near, split)):
         return folder, files, labels, folders
     if not official:  # class names by folder
         name_of = dict(zip(numbers, (folders[k] for k in labels), strict=True)) if folders else {}
@@ -80,13 +79,11 @@ def key(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
-def official_names(near: list[Path]) -> list[str] | None:
-    """The class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat, or None."""
+def official_names(near: list[Path]) -> list[str]:
+    """The class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat, or none."""
     if path := find_file(near, "names.csv"):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [line.strip().strip('"') for line in lines if line.strip()]
-    names = read_mat(find_file(near, "cars_meta.mat"), "class_names")
-    return names and [str(name) for name in names]
+        return [name for row in read_csv(path) if (name := row[0].strip())]
+    return [str(name) for name in read_mat(find_file(near, "cars_meta.mat"), "class_names")]
 
 
 def find_file(near: list[Path], name: str) -> Path | None:
@@ -95,8 +92,8 @@ def find_file(near: list[Path], name: str) -> Path | None:
     return next((p for p in places if p.is_file()), None)
 
 
-def read_mat(path: Path | None, variable: str) -> list | None:
-    """The entries of an array in a MATLAB file; None without the file or without scipy."""
+def read_mat(path: Path | None, variable: str) -> list:
+    """The entries of an array in a MATLAB file; none without the file or without scipy."""
     try:
         if path:
             from scipy.io import loadmat
@@ -106,9 +103,10 @@ def read_mat(path: Path | None, variable: str) -> list | None:
         note(f"{path.name} was not read: that takes `pip install scipy`")
     except Exception as error:  # scipy raises almost anything on a file that is no MATLAB file
         note(f"{path} can't be read ({error}) and is left out")
+    return []
 
 
-def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int] | None:
+def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int]:
     """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or a .mat."""
     annotations = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
     if path := find_file(near, f"anno_{split}.csv"):  # file name, box, class number
@@ -121,7 +119,7 @@ def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int]
     elif rows := read_mat(path := find_file(near, annotations), "annotations"):
         number_of = {Path(str(row["fname"])).stem: int(row["class"]) for row in rows}
     else:
-        return None
+        return []
     if unknown := [p for p in files if p.stem not in number_of]:
         raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {path}: move them away")
     return [number_of[p.stem] - 1 for p in files]

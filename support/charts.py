@@ -6,6 +6,7 @@ import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
@@ -102,17 +103,6 @@ def draw_panel(ax, panel: Panel) -> None:
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1)
 
 
-def chart_numbers(figure: Sequence[Image.Image | Chart]) -> list[Row]:
-    """The numbers behind the charts, a row a point."""
-    panels = [panel for part in figure if isinstance(part, Chart) for panel in part.panels]
-    lines = [(panel.title, name, points) for panel in panels for name, points in panel.curves.items()]
-    return [
-        {"chart": title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}
-        for title, name, points in lines
-        for point in zip(*points, strict=True)
-    ]
-
-
 def table(rows: Sequence[Row], digits: int = 4) -> list[list[str]]:
     """A table's cells, its header first: every column that some row has; None as an empty cell."""
 
@@ -125,21 +115,30 @@ def table(rows: Sequence[Row], digits: int = 4) -> list[list[str]]:
     return [header, *([cell(row.get(column)) for column in header] for row in rows)]
 
 
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text with the cells in columns."""
+def aligned(rows: Sequence[Row]) -> list[str]:
+    """A table as lines of text."""
+    cells = table(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | None, UserError | None]:
-    """Write a study's files under free names, print its table; -> its figure, and why charts are not in it."""
-    folder, missing = Path(out) if out else result.folder, None
+    """Write a study's files under free names, print its table; -> its figure, why charts are not in it."""
+    folder, missing = Path(out or result.folder), None
     folder.mkdir(parents=True, exist_ok=True)
-    stems = (folder / study, *(folder / f"{study}_{i}" for i in range(2, 10**6)))
     ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv"}
-    stem = next(s for s in stems if not any(Path(f"{s}{end}").exists() for end in ends.values()))
-    files = {kind: Path(f"{stem}{end}") for kind, end in ends.items()}
-    for kind, rows in (("table", result.rows), ("curves", chart_numbers(result.figure))):
+    stems = chain([study], (f"{study}_{n}" for n in count(2)))
+    named = ({kind: folder / f"{stem}{end}" for kind, end in ends.items()} for stem in stems)
+    files = next(files for files in named if not any(file.exists() for file in files.values()))
+    points = [
+        {"chart": panel.title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}
+        for chart in result.figure
+        if isinstance(chart, Chart)
+        for panel in chart.panels
+        for name, columns in panel.curves.items()
+        for point in zip(*columns, strict=True)
+    ]
+    for kind, rows in (("table", result.rows), ("curves", points)):
         if rows:
             write_csv(files[kind], table(rows, digits=6))
     try:
@@ -148,7 +147,7 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
         missing, pictures = error, [part for part in result.figure if not isinstance(part, Chart)]
     if figure := join(pictures) if pictures else None:
         save_picture(figure, files["figure"])
-    print("\n".join([*aligned(table(result.rows)), *result.notes]))
+    print("\n".join([*aligned(result.rows), *result.notes]))
     print("\n".join(f"{kind:7s} {shlex.quote(str(file))}" for kind, file in files.items() if file.exists()))
     return figure, missing
 
@@ -164,8 +163,8 @@ def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[
         place = page.add_axes((margin, top - tall, wide, tall), frame_on=False, xticks=[], yticks=[])
         place.imshow(figure, interpolation="none")
         top -= tall + 0.015
-    lines = aligned(table(rows))
-    size = min(8.0, wide * width * 72 / (0.61 * max(map(len, lines))))  # in points: as wide as fits
+    lines = aligned(rows)
+    size = min(8.0, wide * width * 72 / (0.61 * max(1, *map(len, lines))))  # in points: as wide as fits
     fit = int((top - 0.03) * height * 72 / (1.35 * size))
     if len(lines) > fit:
         lines = [*lines[: fit - 1], f"... and {len(lines) - fit + 1} rows more in the CSV"]
@@ -177,6 +176,7 @@ def write_report(path: Path, pages: Sequence) -> Path:
     """Write pages as a PDF, under that name or the next free one."""
     from matplotlib.backends.backend_pdf import PdfPages
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     path = new_path(path, ".pdf")
     with replacing(path) as file, PdfPages(file) as pdf:
         for page in pages:

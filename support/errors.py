@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -58,10 +58,8 @@ def stop_on_signal() -> Iterator[threading.Event]:
         stop.set()
         print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM) if here}
     try:
         yield stop
     finally:
@@ -70,11 +68,9 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2.
-
-    Of several processes on a machine the first one prints; the others print only errors of their own.
-    """
-    name, silent = Path(sys.argv[0]).name, int(os.environ.get("LOCAL_RANK", 0)) > 0
+    """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
+    name = Path(sys.argv[0]).name
+    silent = int(os.environ.get("LOCAL_RANK", 0)) > 0  # then another process of this machine prints
 
     def fail(message: str, silent: bool = False) -> int:
         if not silent:
@@ -82,12 +78,10 @@ def run_main(main: Callable[[], None]) -> None:
         return 2
 
     try:
-        with ExitStack() as quiet:
-            if silent:
-                nowhere = quiet.enter_context(open(os.devnull, "w"))
-                quiet.enter_context(redirect_stdout(nowhere))
-                quiet.enter_context(redirect_stderr(nowhere))
-            main()
+        with open(os.devnull, "w") as nowhere:
+            out, err = (nowhere, nowhere) if silent else (sys.stdout, sys.stderr)
+            with redirect_stdout(out), redirect_stderr(err):
+                main()
     except LostProcess as error:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
     except UserError as error:

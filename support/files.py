@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,11 +36,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def new_path(path: Path, suffix: str = "") -> Path:
     """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix)."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.name.removesuffix(suffix)}_{number}{suffix}")
-        number += 1
-    return candidate
+    numbered = (path.with_name(f"{path.name.removesuffix(suffix)}_{n}{suffix}") for n in count(2))
+    return next(p for p in chain([path], numbered) if not p.exists())
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
@@ -52,30 +50,22 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 def read_csv(path: Path) -> list[list[str]]:
     """The rows of a table, its header first; none where there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        return [row for row in csv.reader(file) if row]
+    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
+    return [row for row in csv.reader(lines) if row]
 
 
 def read_json(path: Path, missing: str) -> dict:
     """An object in a JSON file; UserError says `missing` where there is no file."""
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {missing}") from None
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: get it again")
-    return found
+    if not path.exists():
+        raise UserError(f"{path} is missing: {missing}")
+    with suppress(ValueError, RecursionError):
+        if isinstance(found := json.loads(path.read_bytes()), dict):
+            return found
+    raise UserError(f"{path} is damaged: get it again")
 
 
 def digest(array: torch.Tensor) -> str:
-    """A hash of an array's shape and bytes: equal for equal data sets.
-
-    Of more than 1 GiB it sees 1 GiB, evenly spread: reading all of a large set takes minutes.
-    """
+    """A hash of an array's shape and bytes; of a large one, of 1 GiB evenly spread, which takes seconds."""
     found = hashlib.sha256(str(tuple(array.shape)).encode())
     every = max(1, math.ceil(array.numel() * array.element_size() / 2**30))
     for part in array[::every].split(256):

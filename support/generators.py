@@ -11,18 +11,11 @@ from torch import Tensor
 
 @dataclass
 class BatchShare:
-    """A generator for some images of a batch: it draws for the whole batch and returns the draws of these.
-
-    So what is drawn for an image depends neither on the number of processes nor on --accumulate.
-    """
+    """Draws for a whole batch, of which some images get theirs, in any process and with any --accumulate."""
 
     generator: torch.Generator
     images: range  # their positions in the batch
     total: int  # images in the batch
-
-    @property
-    def device(self) -> torch.device:
-        return self.generator.device
 
 
 Generators = torch.Generator | BatchShare | Sequence[torch.Generator] | None  # one, or one for each image
@@ -43,10 +36,7 @@ def draw(random: Callable[..., Tensor], shape: Sequence[int], x: Tensor, generat
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise shaped as x (B, ...), drawn on the generator's device and moved to that of x.
-
-    With a list of generators image i draws from generator i alone, so the rest of its batch does not matter.
-    """
+    """Standard normal noise shaped as x (B, ...); with a list, image i draws from generator i alone."""
     if isinstance(generator, Sequence):
         return torch.cat([randn_like(x[i : i + 1], g) for i, g in enumerate(generator)])
     return draw(partial(torch.randn, dtype=x.dtype), x.shape, x, generator)

@@ -76,9 +76,13 @@ def upright(image: Picture, size: int, channels: int, paper: str = "white") -> I
         return picture.convert("RGB" if channels == 3 else "L")
 
 
-def read_image(image: Picture, size: int, channels: int) -> np.ndarray:
-    """What `upright` returns, its short side scaled to `size`, its center cropped; (C, size, size) uint8."""
-    picture = ImageOps.fit(upright(image, size, channels), (size, size), Image.Resampling.BICUBIC)
+def read_image(image: Picture, size: int, channels: int, mask: bool = False) -> np.ndarray:
+    """What `upright` returns, its short side scaled to `size`, its center cropped; (C, size, size) uint8.
+
+    A `mask` is painted on black paper and not interpolated.
+    """
+    method = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
+    picture = ImageOps.fit(upright(image, size, channels, "black" if mask else "white"), (size, size), method)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 
@@ -92,26 +96,21 @@ def try_to_read(image: Picture, size: int, channels: int) -> np.ndarray | None:
         return None
 
 
-def resized(file: str, before: tuple[int, int], size: int) -> str:
-    """A message: how an image of another size (width, height) is made to fit."""
-    crop = "" if before[0] == before[1] else "cropped to a square and "
-    return f"{file}, {before[0]}x{before[1]}, is {crop}resized to {size}x{size}"
-
-
-def read_images(files: list[str], size: int, channels: int) -> torch.Tensor:
-    """The files of --image, (B, C, size, size) in [-1, 1], resized with a note; UserError for no image."""
-    images = []
+def read_images(files: list[str], size: int, channels: int, mask: bool = False) -> torch.Tensor:
+    """The files of --image or --mask, (B, C, size, size) in [-1, 1], resized with a note; else UserError."""
+    images, typed = [], "--mask" if mask else "--image"
     for file in files:
         try:
             with open_image(Path(file), size) as picture:
-                before = picture.size
-            images.append(torch.tensor(read_image(Path(file), size, channels)))
+                width, height = picture.size
+            images.append(torch.tensor(read_image(Path(file), size, channels, mask)))
         except FileNotFoundError:
-            raise UserError(f"--image {file}: there is no such file") from None
+            raise UserError(f"{typed} {file}: there is no such file") from None
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise UserError(f"--image {file} can't be read as an image: {error}") from None
-        if before != (size, size):
-            note(resized(file, before, size))
+            raise UserError(f"{typed} {file} can't be read as an image: {error}") from None
+        if (width, height) != (size, size):
+            crop, method = "cropped to a square and " * (width != height), ", nearest" * mask
+            note(f"{file}, {width}x{height}, is {crop}resized to {size}x{size}{method}")
     return to_x_0(torch.stack(images))
 
 

@@ -38,10 +38,7 @@ class Task:
 
 
 def load_data(command: Command, get_data: Callable, narrow: bool):
-    """The data set, after which the settings that depend on it are settled.
-
-    UserError for an image size that does not fit the network; a note for a batch larger than the set.
-    """
+    """The data set, after which the settings that depend on it are settled; UserError if they do not fit."""
     options = {key: command[key] for key in ("image_size", "channels", "limit", "workers", "cache_dir")}
     load = partial(get_data, command["dataset"], command["data_root"], "train", **options)
     data = None if options["image_size"] else load()
@@ -53,8 +50,7 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
     levels = len(command["multipliers"])
     divisor = 2 ** (levels - 1)
     if size % divisor:
-        below = size // divisor * divisor
-        near = f"{below} or {below + divisor}" if below else f"{divisor}"
+        near = " or ".join(str(n) for n in (size // divisor * divisor, (size // divisor + 1) * divisor) if n)
         needed = f"not divisible by {divisor}, as {levels} levels need it"
         raise UserError(f"--image-size {size} is {needed}: try {near}")
     data = data or load()
@@ -67,13 +63,11 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
     return data
 
 
-def run_training(
-    command: Command, get_data: Callable, narrow: set[str], tasks: dict, train: Callable, kinds: Sequence[str]
-) -> None:
-    """Train as the settings say, in a new folder under --runs, or go on with --resume's.
+def run_training(command: Command, get_data, narrow: set[str], tasks: dict, train, kinds) -> None:
+    """Train as the settings say, in a new run folder, or go on with --resume's, of one of the `kinds`.
 
     `tasks[name](command, data, device)` gives a Task, `train(loss, trainer)` is the loop; data sets in
-    `narrow` take a narrow network; `kinds` are the kinds of checkpoints that may be resumed.
+    `narrow` take a narrow network.
     """
     machine, training, place = command[MachineSettings], command[TrainingSettings], command[runs.RunSettings]
     device = get_device(machine.device)
@@ -113,15 +107,11 @@ def run_training(
         trainer.resume(resume)
     with runs.resumable(run):
         train(task.loss, trainer)
-    if processes.rank == 0:
-        finish(task, run, training.epochs, lambda: preview(trainer.ema.net, training.epochs))
-
-
-def finish(task: Task, run: Path, epochs: int, preview: Callable) -> None:
-    """Print where the results of a run are, and the command that uses it."""
-    last_grid = run / "samples" / f"epoch_{epochs:04d}.png"
+    if processes.rank > 0:
+        return
+    last_grid = run / "samples" / f"epoch_{training.epochs:04d}.png"
     if not last_grid.is_file():  # the run was killed after its last step
-        preview()
+        preview(trainer.ema.net, training.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
         print(f"{name:10s}  {shlex.quote(str(path))}")
     print(f"use it with\n  {runs.command_line(*task.use, run, script=task.used_by)}")
@@ -129,13 +119,12 @@ def finish(task: Task, run: Path, epochs: int, preview: Callable) -> None:
 
 def check_shares(processes: int, training: TrainingSettings, images: int) -> None:
     """UserError where a process, or a part of a batch, would get no image."""
-    batch = min(training.batch_size, images)
+    batch, parts = min(training.batch_size, images), training.accumulate
     if processes > batch:
         raise UserError(f"{processes} processes for a batch of {batch} images: lower --nproc_per_node")
-    if training.accumulate > batch // processes:
+    if parts > batch // processes:
         each = "" if processes == 1 else f" for each of {processes} processes"
-        parts = f"--accumulate {training.accumulate} parts of {batch // processes} images{each}"
-        raise UserError(f"{parts}: ask for fewer")
+        raise UserError(f"--accumulate {parts} parts of {batch // processes} images{each}: ask for fewer")
 
 
 def join_sampling(device: torch.device, output: runs.OutputSettings) -> Processes:

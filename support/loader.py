@@ -12,32 +12,23 @@ from .cache import MAPPED
 from .errors import UserError
 from .generators import seeded_generator
 from .images import to_x_0
-from .machine import free_memory
 from .processes import Processes
 
 
 class Loader:
-    """Batches of a data set, sliced from its one array: no Python runs per image.
+    """Batches of a data set, sliced from its one array (N, C, H, W) uint8: no Python runs per image.
 
-    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch of
-    any epoch. `y` (N, ...), where given, goes with the images: labels, or captions as tokens. Each of several
-    processes gets its share of every batch: images rank, rank + count, ... of it.
+    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch.
+    `y` (N, ...) goes with the images: labels, or captions as tokens. Each of several processes gets its share
+    of every batch: images rank, rank + count, ... of it.
     """
 
-    def __init__(
-        self,
-        images: Tensor,  # (N, C, H, W) uint8
-        batch_size: int,
-        device: str | torch.device = "cpu",
-        y: Tensor | None = None,
-        flip: bool = False,
-        seed: int = 0,
-        processes: Processes | None = None,
-    ):
+    def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
         self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
         self.processes = processes or Processes()
         # A set that fits is kept on the network's device; a larger one is sent there batch by batch.
-        self.resident = self.device.type == "cpu" or images.numel() <= free_memory(self.device) / 2
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 8e9
+        self.resident = self.device.type == "cpu" or images.numel() <= free / 2
         self.images = images.to(self.device) if self.resident else images
         self.y = None if y is None else y.to(self.images.device)
         self.batches = math.ceil(len(images) / batch_size)  # in an epoch; the last may be smaller
@@ -53,10 +44,7 @@ class Loader:
             yield x_0, None if y is None else y.to(self.device, non_blocking=True)
 
     def slices(self, epoch: int, start: int) -> Iterator[tuple[Tensor | None, ...]]:
-        """The images (B, C, H, W) uint8 of each batch, y or None, and which to mirror (B,), where they are.
-
-        They are pinned if they go to a GPU: a copy from pinned memory does not keep the CPU waiting.
-        """
+        """The images (B, C, H, W) uint8 of each batch, y or None, and which to mirror (B,), maybe pinned."""
         generator = seeded_generator(self.seed, epoch)
         large, n = self.images.numel() > MAPPED, len(self.images)
         order = self.shuffled(generator) if large else torch.randperm(n, generator=generator)
@@ -71,10 +59,9 @@ class Loader:
             yield tuple(part.pin_memory() if pin and part is not None else part for part in batch)
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
-        """The positions (N,) of the images of a large set in a random order.
+        """The positions (N,) of the images of a large set in a random order, in stretches of its file.
 
-        Its file is slow to read at single random places: it is cut into stretches of 64 images, and 256
-        stretches at a time, drawn at random, are shuffled together.
+        Single random places are slow to read, so 256 stretches of 64 images at a time are shuffled together.
         """
         stretches = torch.arange(len(self.images)).split(64)
         drawn = [stretches[i] for i in torch.randperm(len(stretches), generator=generator)]
@@ -92,10 +79,7 @@ def ahead(items: Iterator, depth: int = 2) -> Iterator:
 
 
 def hold_out(count: int, seed: int, task: str) -> tuple[Tensor, Tensor]:
-    """The positions of a tenth of `count` images, up to 1000, to test on, and of the rest.
-
-    UserError, with the name of the task, for a single image.
-    """
+    """The positions of a tenth of `count` images, up to 1000, and of the rest; UserError for one image."""
     if count < 2:
         raise UserError(f"{task} takes two images or more, one of them to test it on")
     order = torch.randperm(count, generator=seeded_generator(seed))

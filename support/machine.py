@@ -19,17 +19,14 @@ PRECISIONS = ["auto", "fp32", "bf16"]
 class MachineSettings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", "NAME", resume=True)
     seed: int = setting(0, "seed of all random draws", "N", whole(0, 2**63 - 1))
-    precision: str = setting(
-        "auto", "%(choices)s; auto is bf16 where it is faster", "NAME", choices=PRECISIONS, resume=True
-    )
+    precision: str = setting("auto", "auto, fp32 or bf16", "NAME", choices=PRECISIONS, resume=True)
     compile: bool = setting(False, "torch.compile the network: slower to start, then faster", resume=True)
 
 
 def get_device(name: str = "auto") -> torch.device:
     """The device of that name, "auto" being the best of cuda, mps and cpu; UserError if it is not there."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+    name = next(kind for kind in available if available[kind]) if name == "auto" else name
     kind, _, index = name.partition(":")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if kind == "cuda" and available["cuda"] and here > 1:  # of several processes on a machine each has a GPU
@@ -49,14 +46,6 @@ def get_device(name: str = "auto") -> torch.device:
         if index:
             torch.cuda.set_device(int(index))  # CUDA graphs are recorded on the current device
     return torch.device(name)
-
-
-def free_memory(device: torch.device) -> float:
-    """The free bytes of a GPU, or all bytes of the CPU's memory; 8 GB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    known = device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8e9
 
 
 def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
@@ -83,27 +72,20 @@ def compile_forward(net: torch.nn.Module, graphs: bool) -> None:
     compiled = torch.compile(plain, mode="reduce-overhead" if graphs else None, dynamic=False)
 
     def forward(*inputs: torch.Tensor) -> torch.Tensor:
-        nonlocal compiled
-        if compiled is None:
-            return plain(*inputs)
-        if graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
+        nonlocal compiled, graphs
         try:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last call returned may be overwritten
             out = compiled(*inputs)
         except Exception as error:  # of the compiler and of the tools it calls: there are many
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or compiled is plain:
                 raise
             note(f"--compile failed and is left out: {first_line(error)}")
-            compiled = None
-            return plain(*inputs)
+            compiled, graphs = plain, False
+            out = plain(*inputs)
         return out.clone() if graphs and not torch.is_grad_enabled() else out  # a sampler may keep it
 
     net.forward = forward
-
-
-def autocast_forward(net: torch.nn.Module, device: torch.device) -> None:
-    """Let a network compute in bfloat16, in place."""
-    net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
 
 
 def recompute_activations(net: torch.nn.Module) -> None:
@@ -119,7 +101,7 @@ def speed_up_sampling(net: torch.nn.Module, machine: MachineSettings, device: to
         for module in net.modules():  # weights once, and not at every step; norms stay in float32
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 module.to(torch.bfloat16)
-        autocast_forward(net, device)
+        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
     if machine.compile:
         compile_forward(net, graphs=device.type == "cuda")
 
@@ -133,8 +115,8 @@ def progress(what: str, total: float | None = None, unit: str = "image") -> tqdm
 class Watched:
     """A function f(x, t) of images x (B, C, H, W) and times t (B,) that counts its `evaluations`.
 
-    t falls from T to 0 while images are made, by any number of evaluations, so `bar`, in images, follows t.
-    At those t that are in `keep` x is kept, in `kept`.
+    t falls from T to 0, in any number of evaluations, so `bar`, in images, follows t. `kept[t]` is x at those
+    t that are in `keep`.
     """
 
     def __init__(self, f: Callable, T: int, bar: tqdm | None = None, keep: Container[int] = ()):

@@ -67,8 +67,7 @@ def kept_colour(x: Tensor, x_0: Tensor) -> Tensor:
     """The same in luma, Y, and in chroma, Cb and Cr together, of images (B, 3, H, W) twice; -> (2,)."""
     of_rgb = torch.tensor(YCBCR, dtype=torch.float64)
     x, x_0 = (torch.einsum("ij,bjhw->ibhw", of_rgb, z.double()) for z in (x, x_0))  # (3, B, H, W)
-    sums = ([z[0].sum(), z[1:].sum()] for z in (x * x_0, x_0.square()))
-    return share_kept(*map(torch.stack, sums))
+    return share_kept(*(torch.stack([z[0].sum(), z[1:].sum()]) for z in (x * x_0, x_0.square())))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -105,12 +104,10 @@ def quality(features: Tensor, real: Tensor) -> dict[str, float]:
 
 
 def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; (n,) both.
-
-    `skip` = 1 where x is part of the cloud, and each image is its own nearest.
-    """
+    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; both (n,)"""
     parts = (to_x_0(part).flatten(1) / 2 for part in cloud.split(4096))  # few are made float at once
     apart = torch.cat([torch.cdist(x.flatten(1) / 2, part) for part in parts], dim=1) / x[0].numel() ** 0.5
+    # skip = 1 where x is part of the cloud, and each image is its own nearest
     return tuple(found[:, -1] for found in apart.topk(min(1 + skip, len(cloud)), largest=False))
 
 

@@ -1,7 +1,6 @@
 """Linear maps of images (B, C, H, W): views that can be undone, blurs, measurements with a pseudo-inverse."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import partial
 
 import torch
@@ -12,21 +11,15 @@ from torchvision.transforms.functional import gaussian_blur, rotate
 from .errors import UserError
 from .generators import seeded_generator
 
-
-@dataclass
-class View:
-    """A rearrangement of the pixels of images (B, C, H, W), and its inverse."""
-
-    see: Callable[[Tensor], Tensor]
-    undo: Callable[[Tensor], Tensor]
+View = namedtuple("View", "see undo")  # a map of images that rearranges their pixels, and its inverse
 
 
 def turned(degrees: int) -> View:
     """A counter-clockwise rotation; only quarter turns map pixels to pixels."""
-    if degrees % 90 == 0:
-        k = degrees // 90
-        return View(partial(torch.rot90, k=k, dims=(2, 3)), partial(torch.rot90, k=-k, dims=(2, 3)))
-    return View(partial(rotate, angle=degrees), partial(rotate, angle=-degrees))
+    if degrees % 90:
+        return View(partial(rotate, angle=degrees), partial(rotate, angle=-degrees))
+    k = degrees // 90
+    return View(partial(torch.rot90, k=k, dims=(2, 3)), partial(torch.rot90, k=-k, dims=(2, 3)))
 
 
 def jigsaw(size: int, pieces: int, seed: int) -> View:
@@ -43,7 +36,7 @@ def jigsaw(size: int, pieces: int, seed: int) -> View:
     return View(partial(rearrange, order=order), partial(rearrange, order=order.argsort()))
 
 
-VIEWS: dict[str, Callable[[int, int, int], View]] = {  # view(size of the image, pieces, seed)
+VIEWS = {  # view(size of the image, pieces, seed)
     "flip": lambda size, pieces, seed: View(partial(torch.flip, dims=(2,)), partial(torch.flip, dims=(2,))),
     "mirror": lambda size, pieces, seed: View(partial(torch.flip, dims=(3,)), partial(torch.flip, dims=(3,))),
     "rotate90": lambda size, pieces, seed: turned(90),
@@ -53,7 +46,7 @@ VIEWS: dict[str, Callable[[int, int, int], View]] = {  # view(size of the image,
 }
 
 
-def is_isometry(view: View, shape: Sequence[int]) -> bool:
+def is_isometry(view: View, shape) -> bool:
     """Whether a view of images of a shape (C, H, W) keeps inner products, and `undo` inverts `see`."""
     x = torch.randn(4, *shape, generator=seeded_generator(0), dtype=torch.float64)
     y = view.see(x)
@@ -68,53 +61,44 @@ def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
     return gaussian_blur(x, 2 * reach + 1, sigma)
 
 
-@dataclass
-class Measurement:
+class Measurement(namedtuple("Measurement", "A inverse")):
     """A linear map A of images (B, C, H, W) and its pseudo-inverse A+: A A+ A = A."""
-
-    A: Callable[[Tensor], Tensor]
-    inverse: Callable[[Tensor], Tensor]
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """A+ y + (I - A+ A) x: the image nearest to x with A x = y."""
         return x + self.inverse(y - self.A(x))
 
 
-def colourise(shape: Sequence[int]) -> Measurement:
+def colourise(shape) -> Measurement:
     """A: the mean of the channels, of images of a shape (C, H, W); UserError for C = 1."""
     if shape[0] == 1:
         raise UserError("--problem colourise: the model draws gray images; choose one of colour images")
     return Measurement(lambda x: x.mean(1, keepdim=True), lambda y: y.repeat(1, shape[0], 1, 1))
 
 
-def super_resolve(shape: Sequence[int], factor: int) -> Measurement:
+def super_resolve(shape, factor: int) -> Measurement:
     """A: the mean of each factor x factor pixels; UserError if `factor` does not divide the size."""
     possible = [n for n in range(2, shape[-1]) if shape[-1] % n == 0]
     if factor not in possible:
         choices = ", ".join(map(str, possible)) or "none"
         raise UserError(f"--factor {factor}: for {shape[-1]} pixels it is one of {choices}")
-    enlarge = partial(F.interpolate, scale_factor=factor, mode="nearest")
-    return Measurement(partial(F.avg_pool2d, kernel_size=factor), enlarge)
+    return Measurement(partial(F.avg_pool2d, kernel_size=factor), partial(F.interpolate, scale_factor=factor))
 
 
-def deblur(shape: Sequence[int], sigma: float | None = None, smallest: float = 0.1) -> Measurement:
-    """A: a Gaussian blur of rows and columns, by a matrix whose singular values below `smallest` are 0.
-
-    `sigma` in pixels is by default a 32nd of the width, at least 1.5.
-    """
-    sigma = sigma or max(1.5, shape[-1] / 32)
+def deblur(shape, sigma: float | None = None) -> Measurement:
+    """A: a Gaussian blur of rows and columns, by a matrix whose singular values of at most 0.1 are 0."""
+    sigma = sigma or max(1.5, shape[-1] / 32)  # pixels
     at = torch.arange(shape[-1], dtype=torch.float64)
     B = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
     U, S, V = torch.linalg.svd(B / B.sum(1, keepdim=True))  # rows sum to 1 at the edges too
-    kept = S > smallest  # the largest is about 1
+    kept = S > 0.1  # the largest is about 1
     B = ((U[:, kept] * S[kept]) @ V[kept]).float()
     B_inverse = ((V[kept].T / S[kept]) @ U[:, kept].T).float()
 
-    def on_both_sides(x: Tensor, matrix: Tensor) -> Tensor:
-        matrix = matrix.to(x.device)
-        return matrix @ x @ matrix.T
+    def on_both_sides(matrix: Tensor):
+        return lambda x: matrix.to(x.device) @ x @ matrix.T.to(x.device)
 
-    return Measurement(partial(on_both_sides, matrix=B), partial(on_both_sides, matrix=B_inverse))
+    return Measurement(on_both_sides(B), on_both_sides(B_inverse))
 
 
 PROBLEMS = {"colourise": colourise, "deblur": deblur, "super_resolve": super_resolve}

@@ -2,26 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from .files import replacing
 from .images import to_pictures
 
 LINE = 16  # pixels from one line of text to the next
 GAP = 2  # pixels between two images
+FONT = ImageFont.load_default()
 
 
-def make_grid(
-    x: torch.Tensor,
-    caption: str = "",
-    columns: int | None = None,
-    rows: Sequence[str] = (),
-    heads: Sequence[str] = (),
-) -> Image.Image:
+def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=()) -> Image.Image:
     """Images in [-1, 1] (B, C, H, W) side by side, about square unless `columns` is given, under a caption.
 
     Small images are enlarged by a whole number, so that their pixels can be seen. `rows` are written beside
@@ -41,7 +35,7 @@ def make_grid(
 
     def write(texts: list[str], x: int, y: int) -> None:
         for i, text in enumerate(texts):
-            ImageDraw.Draw(grid).text((x, y + LINE * i), text, "black", font())
+            ImageDraw.Draw(grid).text((x, y + LINE * i), text, "black", FONT)
 
     write(lines, 2 * GAP, GAP)
     for i, texts in enumerate(head_lines):
@@ -56,25 +50,20 @@ def make_grid(
 
 def row_label_width(rows: Sequence[str], height: int) -> int:
     """The pixels needed beside rows of that height for the longest of their labels; 0 without labels."""
-    fits = (
-        w
-        for w in range(20, 10**5, 10)
-        if all(LINE * len(wrap(row, w)) <= height for row in rows)
-        and all(font().getlength(line) <= w for row in rows for line in wrap(row, w))
-    )
-    return next(fits) + 8 if any(rows) else 0
 
+    def fits(width: int) -> bool:
+        wrapped = [wrap(row, width) for row in rows]
+        narrow = all(FONT.getlength(line) <= width for lines in wrapped for line in lines)
+        return narrow and LINE * max(map(len, wrapped)) <= height
 
-@cache
-def font() -> ImageFont.ImageFont:
-    return ImageFont.load_default()
+    return 8 + next(filter(fits, range(20, 10**5, 10))) if any(rows) else 0
 
 
 def wrap(text: str, width: int) -> list[str]:
     """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
     lines = []
     for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
-        if lines and font().getlength(f"{lines[-1]} {word}") <= width:
+        if lines and FONT.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)

@@ -53,10 +53,7 @@ class Processes:
 
     @contextmanager
     def in_turns(self) -> Iterator[None]:
-        """A block that the first process, then the first of each machine, finishes before the others begin.
-
-        So the others find the files that it writes.
-        """
+        """A block for the first process, then the first of each machine, then the others, in this order."""
         turn = 0 if self.first else 1 if int(os.environ.get("LOCAL_RANK", 0)) == 0 else 2
         for _ in range(turn):
             self.barrier()
@@ -71,25 +68,20 @@ TIMEOUT = timedelta(
 
 
 def join_processes(device: torch.device) -> Processes:
-    """Join the process group if torchrun started this process.
-
-    UserError where PyTorch lacks the backend, or the processes do not find each other.
-    """
+    """Join the process group if torchrun started this process; UserError where that fails."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Processes()
-    group = torch.distributed
-    backends = {"cpu": ["gloo"], "cuda": ["nccl", "gloo"]}.get(device.type)  # gloo keeps no GPU waiting
+    group, backends = torch.distributed, {"cpu": ["gloo"], "cuda": ["nccl", "gloo"]}.get(device.type)
     if not backends:
         raise UserError(f"processes on {device.type} can't talk to each other: use one, or --device cpu")
-    for backend in backends:
+    for backend in backends:  # gloo for tensors on the CPU: it keeps no GPU waiting
         if not group.is_available() or not getattr(group, f"is_{backend}_available")():
-            needed = f"this PyTorch has no {backend}, which processes on {device.type} need"
-            raise UserError(needed + "; --device cpu needs gloo instead" * (backend == "nccl"))
+            instead = "; --device cpu needs gloo instead" if backend == "nccl" else ""
+            raise UserError(f"this PyTorch has no {backend}, which processes on {device.type} need{instead}")
     if not group.is_initialized():
         try:
-            group.init_process_group(
-                "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=TIMEOUT
-            )
+            by = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            group.init_process_group(by, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes could not meet: {first_line(error)}") from None
     return Processes(group.get_rank(), group.get_world_size())

@@ -5,6 +5,7 @@ A folder holds config.json and weights, .safetensors or .bin, of a network that 
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 from json import dumps
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from .errors import UserError, first_line
 from .files import read_json
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
 NAMES = (  # a pattern in their names, and the text for it in ours; attention has new and old names
     *((r"^time_embedding\.linear_1", "time_mlp.0"), (r"^time_embedding\.linear_2", "time_mlp.2")),
     *((r"_blocks\.", "."), (r"\.(\d+)\.(down|up)samplers\.0", r"sample.\1"), (r"^mid_block", "middle")),
@@ -22,51 +22,7 @@ NAMES = (  # a pattern in their names, and the text for it in ours; attention ha
     *((r"attentions\.(\d+)", r"\1.attention"), (r"\.group_norm", ".norm"), (r"^conv_norm_out", "norm_out")),
     *((r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r".\1."), (r"\.(to_out\.0|proj_attn)\.", ".out.")),
 )
-
-
-def is_count(value: object, divisor: int = 1) -> bool:
-    return type(value) is int and 0 < value < 2**16 and value % divisor == 0
-
-
-def are_widths(value: object, config: dict) -> bool:
-    """Whether these are the channels of 1 to 16 levels: multiples of the first and of norm_num_groups."""
-    levels, groups = isinstance(value, list) and 0 < len(value) <= 16, config["norm_num_groups"]
-    return levels and all(is_count(width, groups) and is_count(width, value[0]) for width in value)
-
-
-def are_types(value: object, config: dict) -> bool:
-    """Whether these are the types of the levels, with attention at any level but the first."""
-    known = isinstance(value, list) and all(kind in ("DownBlock2D", "AttnDownBlock2D") for kind in value)
-    return known and len(value) == len(config["block_out_channels"]) and value[0] == "DownBlock2D"
-
-
-def attention_levels(config: dict) -> list[int]:
-    return [level for level, kind in enumerate(config["down_block_types"]) if kind == "AttnDownBlock2D"]
-
-
-def is_one_head(value: object, config: dict) -> bool:
-    """Whether attention has one head, as wide as each level with attention and as the middle."""
-    widths = {config["block_out_channels"][level] for level in (*attention_levels(config), -1)}
-    return is_count(value) and widths == {value}
-
-
-# Rules for the fields of a file, in the order in which they are checked: the value that makes the network and
-# its noise ours, or a function rule(value, config) that returns it (or, if several are right, says which).
-NETWORK = {  # config.json
-    "norm_num_groups": lambda v, c: v if is_count(v) else "a whole number",
-    "block_out_channels": lambda v, c: (
-        v if are_widths(v, c) else "whole numbers, multiples of the first and of norm_num_groups"
-    ),
-    "norm_eps": lambda v, c: v if type(v) is float and 0 < v < 1 else "a number such as 1e-6",
-    "layers_per_block": lambda v, c: v if is_count(v) else "a whole number",
-    "in_channels": lambda v, c: v if is_count(v) and v in (1, 3) else "3, or 1 for gray images",
-    "out_channels": lambda v, c: c["in_channels"],
-    "sample_size": lambda v, c: (
-        v if is_count(v, 2 ** (len(c["block_out_channels"]) - 1)) else "a number divisible by 2^(levels - 1)"
-    ),
-    "down_block_types": lambda v, c: v if are_types(v, c) else "DownBlock2D, then [Attn]DownBlock2D a level",
-    "up_block_types": lambda v, c: [kind.replace("Down", "Up") for kind in c["down_block_types"][::-1]],
-    "attention_head_dim": lambda v, c: v if is_one_head(v, c) else None,
+NETWORK = {  # config.json, besides the fields of which several values are right: see network_fields
     **{"_class_name": "UNet2DModel", "act_fn": "silu", "mid_block_scale_factor": 1, "flip_sin_to_cos": False},
     **{"center_input_sample": False, "class_embed_type": None, "downsample_type": "conv", "freq_shift": 1},
     **{"time_embedding_type": "positional", "resnet_time_scale_shift": "default", "num_class_embeds": None},
@@ -76,6 +32,41 @@ NOISE = {  # scheduler_config.json
     **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
     **{"prediction_type": "epsilon", "trained_betas": None},
 }
+
+
+def is_count(value: object, *divisors: int) -> bool:
+    return type(value) is int and 0 < value < 2**16 and all(value % divisor == 0 for divisor in divisors)
+
+
+def attention_levels(config: dict) -> list[int]:
+    return [level for level, kind in enumerate(config["down_block_types"]) if kind == "AttnDownBlock2D"]
+
+
+def network_fields(config: dict) -> Iterator[tuple[str, object]]:
+    """The fields of config.json in the order to check them, each with the value that makes the network ours.
+
+    Where several values are right, that is the file's own, or if it is wrong, a text that says what is right.
+    """
+    groups, widths, eps = config["norm_num_groups"], config["block_out_channels"], config["norm_eps"]
+    yield "norm_num_groups", groups if is_count(groups) else "a whole number"
+    levels = len(widths) if isinstance(widths, list) else 0
+    right = 0 < levels <= 16 and all(is_count(width, groups, widths[0]) for width in widths)
+    multiples = "whole numbers, multiples of the first and of norm_num_groups"
+    yield "block_out_channels", widths if right else multiples
+    yield "norm_eps", eps if type(eps) is float and 0 < eps < 1 else "a number such as 1e-6"
+    blocks, channels, size = config["layers_per_block"], config["in_channels"], config["sample_size"]
+    yield "layers_per_block", blocks if is_count(blocks) else "a whole number"
+    yield "in_channels", channels if is_count(channels) and channels in (1, 3) else "3, or 1 for gray images"
+    yield "out_channels", channels
+    yield "sample_size", size if is_count(size, 2 ** (levels - 1)) else "a number divisible by 2^(levels - 1)"
+    kinds, head = config["down_block_types"], config.get("attention_head_dim")
+    right = isinstance(kinds, list) and all(kind in ("DownBlock2D", "AttnDownBlock2D") for kind in kinds)
+    right = right and len(kinds) == levels and kinds[0] == "DownBlock2D"
+    yield "down_block_types", kinds if right else "DownBlock2D, then [Attn]DownBlock2D a level"
+    yield "up_block_types", [kind.replace("Down", "Up") for kind in kinds[::-1]]
+    attended = {widths[level] for level in (*attention_levels(config), -1)}  # of one width, that of one head
+    yield "attention_head_dim", head if is_count(head) and attended == {head} else None
+    yield from NETWORK.items()
 
 
 def published_file(path: str | Path) -> Path | None:
@@ -104,7 +95,7 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     config = read_config(file.parent / "config.json")
     for folder in (file.parent, file.parent / ".." / "scheduler"):
         if (path := folder / "scheduler_config.json").is_file():
-            check_fields(path, read_json(path, "it has just been removed"), NOISE)
+            check_fields(path, read_json(path, "it has just been removed"), NOISE.items())
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
     for weight in weights.values() if isinstance(weights, dict) else [None]:
         dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
@@ -120,7 +111,7 @@ def read_config(path: Path) -> dict:
         if name not in theirs:
             raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
     theirs = {"norm_num_groups": 32, "norm_eps": 1e-6, **theirs}
-    check_fields(path, theirs, NETWORK)
+    check_fields(path, theirs, network_fields(theirs))
     widths, size = theirs["block_out_channels"], theirs["sample_size"]
     return {
         **{"kind": "published", "name": published_name(path.parent), "dataset": None, "class_names": None},
@@ -132,13 +123,11 @@ def read_config(path: Path) -> dict:
     }
 
 
-def check_fields(path: Path, config: dict, rules: dict) -> None:
-    """UserError for the first field whose value is not the one of its rule; a field left out is right."""
-    for name, rule in rules.items():
-        value = config.get(name)
-        wanted = rule(value, config) if callable(rule) else rule
-        if name in config and value != wanted:
-            what = f"{path}: {name} is {dumps(value)}"
+def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, object]]) -> None:
+    """UserError for the first field that has another value than the one wanted; a field left out is right."""
+    for name, wanted in wanted_fields:
+        if name in config and config[name] != wanted:
+            what = f"{path}: {name} is {dumps(config[name])}"
             raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
 
 
@@ -154,11 +143,10 @@ def renamed(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file; UserError where it is damaged, or the package is missing."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
+
+        return safetensors.torch.load_file(path)
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise UserError(f"{path} is truncated or damaged ({first_line(error)}): get it again") from None

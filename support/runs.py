@@ -31,9 +31,7 @@ class RunSettings:
 
 @settings()
 class OutputSettings:
-    sample: int | None = setting(
-        None, "draw N images from a checkpoint, no training", "N", COUNT, sample=True
-    )
+    sample: int | None = setting(None, "draw N images instead of training", "N", COUNT, sample=True)
     checkpoint: str | None = setting(None, "run's folder, or published weights", "RUN", sample="only")
     out: str | None = setting(None, "directory for one PNG per image, for FID tools", "DIR", sample="only")
     animate: bool = setting(False, "also write a GIF of the denoising", sample="only")
@@ -52,15 +50,12 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
             file.write(buffer.getbuffer())
     except OSError as error:
         left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
-        instead = "make room, or choose another --runs"
-        raise UserError(f"can't write {path}: {error.strerror}; {left}: {instead}") from None
+        why = f"can't write {path}: {error.strerror}; {left}"
+        raise UserError(f"{why}: make room, or choose another --runs") from None
 
 
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
-    """A run's checkpoint (its folder, or the file) of a kind wanted, on the CPU, never running code from it.
-
-    Raises UserError where it is missing, damaged, no checkpoint of this project or of another kind.
-    """
+    """A run's checkpoint, read from its folder or its ckpt.pt; UserError if it is none of the kinds."""
     path = checkpoint_file(path)
     checkpoint = read_pickle(path, "use a ckpt.pt that this project wrote")
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
@@ -76,18 +71,14 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
 
 
 def load_weights(path: str | Path, kinds: Sequence[str]) -> tuple[dict, dict]:
-    """Settings and averaged weights of a run, or of published weights, which count as a run of kind "ddpm".
-
-    UserError where `path` holds no checkpoint of these kinds.
-    """
-    file = published_file(path)
-    if file is None:
-        checkpoint = load_checkpoint(path, *kinds)
-        return {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}, checkpoint["ema"]
-    if "ddpm" not in kinds:
-        what = f"{path} holds the published weights of an unconditional model"
-        raise UserError(f"{what}: a run of kind {kinds[0]!r} is needed here")
-    return load_published(file)
+    """Settings and averaged weights of a run, or published ones, which are of kind "ddpm"; else UserError."""
+    if file := published_file(path):
+        if "ddpm" not in kinds:
+            what = f"{path} holds the published weights of an unconditional model"
+            raise UserError(f"{what}: a run of kind {kinds[0]!r} is needed here")
+        return load_published(file)
+    checkpoint = load_checkpoint(path, *kinds)
+    return {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}, checkpoint["ema"]
 
 
 def check_classifier(path: str, theirs: dict, model: dict, same: Sequence[str]) -> None:
@@ -111,9 +102,8 @@ def read_pickle(path: Path, instead: str) -> object:
         raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
     except Exception as error:  # torch, zipfile and pickle each have their own
         unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
-        why = "it is damaged or no PyTorch file"
-        why = "it holds Python objects, which could run code" if unsafe else why
-        raise UserError(f"checkpoint {path} was not loaded: {why}; {instead}") from None
+        why = "holds Python objects, which could run code" if unsafe else "is damaged or no PyTorch file"
+        raise UserError(f"checkpoint {path} was not loaded: it {why}; {instead}") from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -154,10 +144,7 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
 
 
 def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:
-    """UserError unless a run can go on: from its own ckpt.pt, with the same data, not past its end.
-
-    `keep` is what its next checkpoint will hold of settings and data.
-    """
+    """UserError unless a run can go on: from its own ckpt.pt, with the data in `keep`, not past its end."""
     if checkpoint_file(path).name != "ckpt.pt":
         raise UserError(f"--resume {path}: a run goes on in its folder, from its ckpt.pt: name that")
     if any(checkpoint.get(key) != value for key, value in keep.items() if key != "config"):
@@ -192,8 +179,7 @@ def log_rows(path: Path, columns: Sequence[str], epoch: int, rows: Sequence[Sequ
 def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> None:
     """Make the folders for the grid and single images; UserError, before any work, if they can't be used.
 
-    `out` must hold no images but those of a command of the same settings, `made_with`: others would be lost,
-    or mixed with ours for an FID tool.
+    `out` may hold images of the same settings, `made_with`; others would be lost, or mixed with ours.
     """
     if out and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
@@ -219,9 +205,8 @@ def text_in(path: Path) -> str | None:
 
 def model_name(config: dict) -> str:
     """The model's name in captions."""
-    if config["kind"] == "published":
-        return f"{config['name']}, published weights"
-    return f"{config['dataset']}, epoch {config['epoch']}"
+    own = f"{config['dataset']}, epoch {config.get('epoch')}"
+    return f"{config['name']}, published weights" if config["kind"] == "published" else own
 
 
 def made_with(settings: dict, config: dict, net: torch.nn.Module) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import note
@@ -14,27 +15,15 @@ from .files import new_path, replacing
 from .images import read_images, to_pictures
 from .machine import progress
 from .pictures import make_grid, save_picture
-from .processes import Processes
-from .runs import OutputSettings, prepare_folders, run_folder
+from .runs import prepare_folders, run_folder
 
 GRID_LIMIT = 256  # images shown in a grid; --out gets all of them
 
 
 class Plan:
-    """What --sample draws of a model, `made_with` certain settings, and where it goes.
+    """What --sample draws and where it goes; image i has condition i modulo the number of `names`."""
 
-    `names` are those of the conditions, which image i has by turns. UserError if a folder can't be used.
-    """
-
-    def __init__(
-        self,
-        config: dict,
-        output: OutputSettings,
-        batch_size: int | None,
-        made_with: str,
-        processes: Processes,
-        names: Sequence[str] = (),
-    ):
+    def __init__(self, config: dict, output, batch_size: int | None, made_with: str, processes, names=()):
         self.output, self.batch_size, self.made_with = output, batch_size or 64, made_with
         self.processes, self.names = processes, names
         self.shape = (config["channels"], config["image_size"], config["image_size"])
@@ -46,10 +35,7 @@ class Plan:
         return steps[:: math.ceil((len(steps) - 1) / 60)] if self.output.animate else ()
 
     def draw_grids(self, columns: dict[float, Callable], caption: str, name: str, batches: int = 1) -> None:
-        """Draw `batches` times --sample images, each with every one of `columns`, which differ in a scale.
-
-        A column is `draw(numbers, bar)`, which gives images (B, C, H, W) and frames of their making.
-        """
+        """Draw `batches` times --sample images by each column, {scale: draw(numbers, bar) -> x, film}."""
         each, several, output = self.output.sample, len(columns) > 1, self.output
         suffix = {scale: f"_scale{scale:g}" if several else "" for scale in columns}
         in_grid = max(1, GRID_LIMIT // len(columns))
@@ -58,27 +44,29 @@ class Plan:
         for first in range(0, batches * each, each):
             numbers = range(first, first + each)
             drawn = [self.draw_in_batches(draw, numbers, suffix[scale]) for scale, draw in columns.items()]
-            if not self.processes.first:
-                continue
-            found = zip(*([part[:in_grid] for part in column] for column in drawn), strict=True)
-            heads = [f"scale {scale:g}" for scale in columns] if several else []
-            grid, *frames = [condition_grid(x, self.names, caption, heads) for x in found]
-            path = save_picture(grid, new_path(self.folder / name, ".png"))
-            print("grid    ", shlex.quote(str(path)))
-            if frames:  # a GIF of about four seconds that rests on its last frame
-                times = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
-                options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-                gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), **options)
-                print("gif     ", shlex.quote(str(gif)))
+            if self.processes.first:
+                found = zip(*([part[:in_grid] for part in column] for column in drawn), strict=True)
+                heads = [f"scale {scale:g}" for scale in columns]
+                self.save_grids([condition_grid(x, self.names, caption, heads) for x in found], name)
         if output.out and self.processes.first:
             if self.names:
                 self.write_metadata(suffix, batches)
             print("images  ", shlex.quote(output.out))
 
+    def save_grids(self, grids: list[Image.Image], name: str) -> None:
+        """Write a grid, the first, and the frames of its making as a GIF of four seconds and a rest."""
+        (grid, *frames), path = grids, new_path(self.folder / name, ".png")
+        print("grid    ", shlex.quote(str(save_picture(grid, path))))
+        if frames:
+            times = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
+            options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+            gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), **options)
+            print("gif     ", shlex.quote(str(gif)))
+
     def draw_in_batches(self, draw: Callable, numbers: Sequence[int], suffix: str) -> list[torch.Tensor]:
         """The images of those numbers that a grid shows, and with --animate frames of the first batch.
 
-        With --out all images go there, but for those that are there already. Several processes take turns.
+        With --out all images go there, except those already there. Several processes take turns.
         """
 
         def path_of(number: int) -> Path:
@@ -122,8 +110,8 @@ class Plan:
 def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str, heads: Sequence[str]):
     """A grid with conditions as rows and a block of columns for each of x, (N, C, H, W) under a head.
 
-    Image i is of condition i modulo their number. A condition with many images takes several rows. Without
-    names it is a plain grid.
+    Image i is of condition i modulo their number; one with many images takes several rows. Without names it
+    is a plain grid.
     """
     if not names:
         return make_grid(x[0], caption)
@@ -137,4 +125,4 @@ def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str
             for block in x:
                 images = block[k :: len(names)][start : start + across]
                 cells += [images, images.new_ones(across - len(images), *images.shape[1:])]
-    return make_grid(torch.cat(cells), caption, len(x) * across, rows, heads)
+    return make_grid(torch.cat(cells), caption, len(x) * across, rows, heads if len(x) > 1 else [])

@@ -2,22 +2,17 @@
 
     @settings(resume=True)
     class SamplerSettings:
-        sampler: str = setting("ddim", "sampler", choices=list(SAMPLERS))
         eta: float = setting(0.0, "share of fresh noise", "E", real(0, 1), of="sampler=ddim")
 
-The metadata of a field are what argparse takes (type, choices, nargs, action, metavar), and
-    of      "sampler=ddim": the choices that it belongs to, with spaces between them; elsewhere it is refused;
-            "task=diffusion/classifier": either will do
-    resume  True: it may change when a run goes on
-    sample  True: it may also be typed beside --sample; "only": it means nothing without
-
-`settings` takes those of the last three that all fields of a class have.
+A field's metadata are what argparse takes, and `of`, the choices that it belongs to, spaces between them
+(elsewhere it is refused); `resume`, whether it may change when a run goes on; `sample`, whether it may be
+typed beside --sample, or "only" there. `settings` takes what all fields of a class have of these.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import NoReturn
@@ -36,12 +31,7 @@ def setting(default: object, help: str, metavar=None, type=None, **metadata) -> 
 
 def settings(**common) -> Callable[[type], type]:
     """A dataclass of settings, with metadata that all its fields have."""
-
-    def decorate(group: type) -> type:
-        group.COMMON = common
-        return dataclass(group)
-
-    return decorate
+    return lambda group: setattr(group, "COMMON", common) or dataclass(group)
 
 
 def rows_of(group: type) -> dict[str, dict]:
@@ -59,14 +49,13 @@ def flag(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line; with PLAIN it holds only what was typed, and its help is wide."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
-# What it parses holds only what was typed; its help is wide, and keeps the lines of a description.
 WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
 PLAIN = {"formatter_class": WIDE, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
 
@@ -77,6 +66,9 @@ def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> No
         add = parser.add_argument_group(title).add_argument
         for name, row in rows_of(group).items():
             options, default = {key: value for key, value in row.items() if key not in OURS}, row["default"]
+            owners = [choice.split("=") for choice in row["of"] if not choice.startswith("task=diffusion")]
+            belongs = [f"--{owner} {name}: " for owner, name in owners]
+            options["help"] = "".join(belongs or ["--sample: "] * (row.get("sample") == "only")) + row["help"]
             if default is False:
                 options["action"] = "store_true"
             elif default is not None and "(default" not in options["help"]:
@@ -88,7 +80,7 @@ def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> No
 
 def parse(description: str, groups: dict[str, type]) -> "Command":
     """The command line of a script, with a flag for each field of the dataclasses, {title: dataclass}."""
-    parser = Parser(description=description, **PLAIN)
+    parser = Parser(description=description, usage="%(prog)s [flags]", **PLAIN)
     add_settings(parser, groups)
     return make_command(vars(parser.parse_args()), groups.values())
 
@@ -129,17 +121,17 @@ class Command:
         return {name: self[name] for name in self.rows if name not in sampling | {"resume", "sample"}}
 
     def check(self, owners: bool = True) -> None:
-        """UserError for a flag that was typed and has no effect.
+        """UserError for a flag that was typed and has no effect, with --sample or without it.
 
-        It may belong to another choice than the one made (tested if `owners`), mean nothing without --sample,
-        or come from the checkpoint beside it.
+        With `owners` also for one that belongs to another choice than the one made.
         """
-        sampling = "sample" in self.rows and self["sample"] is not None
+        can_sample = "sample" in self.rows
+        sampling = can_sample and self["sample"] is not None
         if sampling and self["checkpoint"] is None:
             raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
         for name in sorted(self.typed & self.rows.keys()):
             row, typed = self.rows[name], flag(name)
-            if "sample" in self.rows and not sampling and row.get("sample") == "only":
+            if can_sample and not sampling and row.get("sample") == "only":
                 raise UserError(f"{typed} goes with --sample N, the number of images to draw")
             if sampling and not row.get("sample"):
                 raise UserError(f"{typed} comes from the checkpoint when sampling: leave it out")
@@ -186,11 +178,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 whole, real = partial(number, int), partial(number, float)
 
 
-def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
-    """Values of that kind with commas between them."""
+def listed(kind: Callable[[str], object], names: Container[str] | None = None) -> Callable[[str], list]:
+    """Values of that kind, or of those `names`, with commas between them."""
 
     def parse(text: str) -> list:
         values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        for value in values:
+            if names is not None and value not in names:
+                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(names)}")
         if not values:
             raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between them")
         return values
@@ -198,16 +193,4 @@ def listed(kind: Callable[[str], object]) -> Callable[[str], list]:
     return parse
 
 
-def one_of(names: dict) -> Callable[[str], str]:
-    """A key of the dict."""
-
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
-        return text
-
-    return parse
-
-
-COUNT = whole(1)
-POSITIVE = real(0, above=True)
+COUNT, POSITIVE = whole(1), real(0, above=True)

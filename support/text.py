@@ -78,9 +78,7 @@ def find_label(text: str, class_names: Sequence[str]) -> int:
 
 
 def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
-    """The conditions of a data set: y (N,) of all images, names and y of ten classes, evenly spaced, for
-    previews, and what a checkpoint keeps. UserError where the set has no labels.
-    """
+    """Labels (N,), names and labels of ten classes for previews, entries of a checkpoint; else UserError."""
     if data.labels is None:
         cure = "train it with --condition text" if data.captions else "choose another --dataset"
         raise UserError(f"data set {name} has no labels: {cure}")
@@ -89,7 +87,7 @@ def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
 
 
 def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
-    """The same for captions, y (N, L) being tokens of the vocabulary of all captions."""
+    """The same of captions, as tokens (N, L) of the vocabulary of all of them."""
     if data.captions is None:
         cure = "choose another --dataset" if data.labels is None else "train it with --condition label"
         raise UserError(f"data set {name} has no captions: {cure}")

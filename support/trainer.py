@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .errors import Stopped, UserError, first_line, stop_on_signal
 from .generators import BatchShare, Generators
 from .loader import Loader
-from .machine import MachineSettings, autocast_forward, compile_forward, recompute_activations, use_bf16
+from .machine import MachineSettings, compile_forward, recompute_activations, use_bf16
 from .runs import log_rows, save_checkpoint
 from .settings import COUNT, POSITIVE, real, setting, settings, whole
 
@@ -22,27 +22,23 @@ CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the
 SAVE_SECONDS = 600  # within a long epoch, save this often
 MACHINE, LOG = MachineSettings(), ("step", "loss", "lr", "images_per_second", "seconds")
 EPOCHS = "default: digits 20, 30 if conditional; shapes and the denoiser 5; else 80"
+BATCH, QUARTER = "default: by image size; with --sample 64", "default: a quarter of the run"
+RECOMPUTE = "compute activations again in the backward pass: less memory, a third more time"
 
 
 @settings()
 class TrainingSettings:
     epochs: int | None = setting(None, f"passes over the data ({EPOCHS})", "N", COUNT, resume=True)
-    batch_size: int | None = setting(
-        None, "images in a step, or sampled at once (default: by image size; 64)", "N", COUNT, sample=True
-    )
+    batch_size: int | None = setting(None, f"images at once ({BATCH})", "N", COUNT, sample=True)
     lr: float | None = setting(None, "peak learning rate of AdamW (default: by image size)", "RATE", POSITIVE)
     warmup: int = setting(200, "steps of linear warm-up, at most a tenth of the run", "STEPS", whole(0))
     weight_decay: float = setting(0.01, "weight decay of AdamW", "RATE", real(0))
     clip_grad: float = setting(1.0, "largest gradient norm", "NORM", POSITIVE)
     ema_decay: float = setting(0.999, "decay of the averaged weights, per step", "D", real(0, 1))
     accumulate: int = setting(1, "parts of a batch: less memory, the same step", "PARTS", COUNT, resume=True)
-    checkpointing: bool = setting(
-        False, "compute activations again in the backward pass: less memory, a third more time", resume=True
-    )
-    preview_every: int | None = setting(
-        None, "epochs between two sample grids (default: a quarter of the run)", "EPOCHS", COUNT, resume=True
-    )
-    save_every: int = setting(1, "epochs between two checkpoints", "EPOCHS", COUNT, resume=True)
+    checkpointing: bool = setting(False, RECOMPUTE, resume=True)
+    preview_every: int | None = setting(None, f"epochs between grids ({QUARTER})", "N", COUNT, resume=True)
+    save_every: int = setting(1, "epochs between checkpoints", "N", COUNT, resume=True)
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
@@ -62,26 +58,17 @@ class Trainer:
 
     Between two batches it saves, logs, draws previews by `preview(averaged network, epoch)`, and stops after
     a signal (Stopped) or where the loss is not finite (UserError; the last good checkpoint stays).
-    `average(net, decay)` makes `ema`, the average of the weights. The folder `run` gets log.csv and ckpt.pt,
-    which also holds the entries of `keep`. Of the loader's processes only the first one writes.
+    `average(net, decay)` makes `ema`, the averaged weights; the folder `run` gets log.csv and ckpt.pt, with
+    the entries of `keep` in it. Of the loader's processes only the first one writes.
     """
 
-    def __init__(
-        self,
-        net: torch.nn.Module,
-        average: Callable,
-        loader: Loader,
-        run: Path,
-        settings: TrainingSettings,
-        machine: MachineSettings = MACHINE,
-        preview: Callable[[torch.nn.Module, int], object] | None = None,
-    ):
+    def __init__(self, net, average, loader: Loader, run: Path, settings, machine=MACHINE, preview=None):
         self.weights, self.ema = net.train(), average(net, settings.ema_decay)
         self.loader, self.run, self.settings, self.preview = loader, run, settings, preview
         self.processes, self.machine, self.keep = loader.processes, machine, {}
         device, self.lr = loader.device, settings.lr or 2e-4
-        adamw, fused = torch.optim.AdamW, device.type != "mps"
-        self.optimizer = adamw(net.parameters(), self.lr, weight_decay=settings.weight_decay, fused=fused)
+        options = {"weight_decay": settings.weight_decay, "fused": device.type != "mps"}
+        self.optimizer = torch.optim.AdamW(net.parameters(), self.lr, **options)
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
@@ -90,18 +77,13 @@ class Trainer:
         if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
             compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
         if use_bf16(machine.precision, device, net):
-            autocast_forward(net, device)
+            net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
         self.net = net  # the network to be called
         if self.processes.count > 1:
             self.net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None, Generators]]:
-        loader, per_epoch, epochs, rank = (
-            self.loader,
-            self.loader.batches,
-            self.settings.epochs,
-            self.processes.rank,
-        )
+        loader, epochs, rank = self.loader, self.settings.epochs, self.processes.rank
         if rank > 0:  # dropout draws other numbers than in the first process
             torch.manual_seed(self.machine.seed + self.steps + rank)
         self.first_step, self.saved_at = self.steps + 1, time.monotonic()
@@ -148,8 +130,8 @@ class Trainer:
             if count > 1:
                 self.net.require_backward_grad_sync = self.last_part  # average the gradients once a batch
             self.generator.set_state(before)
-            draws = BatchShare(self.generator, images or range(1), batch)
-            draws = self.generator if len(images) == batch else draws
+            share_of = BatchShare(self.generator, images or range(1), batch)
+            draws = self.generator if len(images) == batch else share_of
             yield x_0[k::parts], None if y is None else y[k::parts], draws
 
     def step(self, loss: Tensor) -> None:
@@ -187,15 +169,14 @@ class Trainer:
             self.save()
         if stopping and not last:
             raise Stopped
-        due = last or epoch % (settings.preview_every or 1) == 0
-        if self.preview and due and self.processes.first:
+        if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):
             self.preview(self.ema.net, epoch)
 
     def check_losses(self) -> None:
         """Add up the pending losses; UserError if one is not finite, and then nothing later is saved."""
         values = torch.stack(self.pending) if self.pending else torch.zeros(0, 2)
-        values = self.processes.add(values) / self.processes.count if self.pending else values
-        for step, (loss, norm) in enumerate(values.tolist(), start=self.steps - len(self.pending) + 1):
+        values = (self.processes.add(values) / self.processes.count).tolist()
+        for step, (loss, norm) in enumerate(values, start=self.steps - len(values) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
                 good = f"{self.run / 'ckpt.pt'} holds the last good weights"
@@ -211,17 +192,11 @@ class Trainer:
         if self.processes.rank > 0:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint = {
-            **self.keep,
-            "net": self.weights.state_dict(),
-            "ema": self.ema.net.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.steps // self.loader.batches,
-            "step": self.steps,
-            "loss_sum": self.loss_sum,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()},
-        }
-        save_checkpoint(self.run / "ckpt.pt", checkpoint)
+        rng = {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()}
+        parts = {"net": self.weights, "ema": self.ema.net, "optimizer": self.optimizer}
+        place = {"epoch": self.steps // self.loader.batches, "step": self.steps, "loss_sum": self.loss_sum}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        save_checkpoint(self.run / "ckpt.pt", {**self.keep, **state, **place, "rng": rng})
 
     def resume(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, bit for bit on the CPU; UserError where it does not fit."""

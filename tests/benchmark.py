@@ -103,7 +103,7 @@ class Training:
         if compile:
             machine.compile_forward(self.net, graphs=device.type == "cuda")
         if precision == "bf16":
-            machine.autocast_forward(self.net, device)
+            self.net.forward = torch.autocast(device.type, PRECISIONS[precision])(self.net.forward)
 
     def batch(self) -> torch.Tensor:
         x_0 = next(self.batches, (None,))[0]
@@ -198,7 +198,7 @@ def counted(size: int, batch: int, precision: str) -> int:
     """The bytes that training the default network takes with such a batch."""
     net = make_unet(size)
     if precision == "bf16":
-        machine.autocast_forward(net, torch.device("cpu"))
+        net.forward = torch.autocast("cpu", torch.bfloat16)(net.forward)
     image = torch.zeros(1, channels_of(size), size, size, dtype=torch.uint8)
     fixed, each = memory_of_training(net, Diffusion().loss, image)
     return fixed + batch * each
@@ -231,6 +231,14 @@ def measured(
     return row | {"samples (img/s)": batch / evaluation / 50}
 
 
+def free_memory(device: torch.device) -> float:
+    """The free bytes of a GPU, or all bytes of the CPU's memory; 8 GB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 8e9
+
+
 def default_precision(size: int, device: torch.device) -> str:
     return "bf16" if machine.use_bf16("auto", device, make_unet(size)) else "fp32"
 
@@ -248,7 +256,7 @@ def speed(
     rows = []
     for size in sizes:
         batch = 1
-        while counted(size, batch, "fp32") < 0.8 * machine.free_memory(device):
+        while counted(size, batch, "fp32") < 0.8 * free_memory(device):
             for precision in PRECISIONS:
                 rows.append(measured(size, batch, precision, False, device, seconds, rates))
                 show(rows[-1:], header=len(rows) == 1, quiet=quiet)

@@ -19,7 +19,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import utils
+from support.errors import run_main
+from support.images import to_x_0
+from utils import get_data
 
 
 def convolutions(channels, classes):
@@ -35,7 +37,7 @@ def convolutions(channels, classes):
 def train_classifier(data, steps=1500, batch_size=64):
     """A classifier, trained on nine tenths of the images, shifted by up to a pixel, tested on the rest."""
     torch.manual_seed(0)
-    x, y = data.images.float() / 127.5 - 1, data.labels
+    x, y = to_x_0(data.images), data.labels
     order = torch.randperm(len(x))
     test, train = order.tensor_split([len(x) // 10])
     net = convolutions(x.shape[1], len(data.class_names))
@@ -63,7 +65,7 @@ def main():
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--limit", type=int, default=20000)
     args = parser.parse_args()
-    data = utils.get_data(args.dataset, args.data_root, limit=args.limit)
+    data = get_data(args.dataset, args.data_root, limit=args.limit)
     net = train_classifier(data)
     for folder in args.folders:
         lines = [json.loads(line) for line in open(f"{folder}/metadata.jsonl", encoding="utf-8")]
@@ -81,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    utils.run_main(main)
+    run_main(main)

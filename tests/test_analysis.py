@@ -15,9 +15,11 @@ import analysis
 import ddpm
 import ddpm_conditional
 import utils
-from ddpm import Diffusion
-
-generator = utils.seeded_generator
+from ddpm import Diffusion, ddim_stride
+from support import measures
+from support.errors import UserError
+from support.generators import seeded_generator as generator
+from support.images import image_files, to_uint8, to_x_0
 
 
 def normal(*shape, seed=0):
@@ -26,6 +28,18 @@ def normal(*shape, seed=0):
 
 def images(*shape, seed=0):
     return torch.rand(*shape, generator=generator(seed)) * 2 - 1
+
+
+@pytest.fixture
+def drawn():
+    """For tests that look at charts."""
+
+
+@pytest.fixture(autouse=True)
+def quick_charts(request, monkeypatch):
+    """An empty chart for the other tests: matplotlib takes a second or more for one."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("support.charts.draw_chart", lambda chart: Image.new("RGB", (300, 200)))
 
 
 # weights and schedules
@@ -131,45 +145,61 @@ def test_weights_table(analyse, tmp_path):
 def test_psnr():
     x_0 = images(3, 1, 8, 8)
     # sigma in units of [0, 1] is 2 sigma here: a constant error of 0.1 in [0, 1] is 20 dB
-    torch.testing.assert_close(analysis.psnr(x_0 + 0.2, x_0), torch.full((3,), 20.0))
-    assert analysis.psnr(x_0, x_0).isinf().all()
+    torch.testing.assert_close(measures.psnr(x_0 + 0.2, x_0), torch.full((3,), 20.0))
+    assert measures.psnr(x_0, x_0).isinf().all()
     noisy = images(1, 1, 200, 200) * 0 + 2 * 0.5 * torch.randn(1, 1, 200, 200, generator=generator(1))
-    assert analysis.psnr(noisy, torch.zeros(1, 1, 200, 200)).item() == pytest.approx(6.02, abs=0.05)
+    assert measures.psnr(noisy, torch.zeros(1, 1, 200, 200)).item() == pytest.approx(6.02, abs=0.05)
 
 
 def test_ssim_is_one_for_equal_images_and_its_formula_for_constant_ones():
     x = images(2, 3, 16, 16)
-    torch.testing.assert_close(analysis.ssim(x, x), torch.ones(2, dtype=torch.float64))
-    assert (analysis.ssim(x, images(2, 3, 16, 16, seed=1)) < 0.3).all()
+    torch.testing.assert_close(measures.ssim(x, x), torch.ones(2, dtype=torch.float64))
+    assert (measures.ssim(x, images(2, 3, 16, 16, seed=1)) < 0.3).all()
     a, b = torch.full((1, 1, 16, 16), -0.5), torch.full((1, 1, 16, 16), 0.5)  # 0.25 and 0.75 in [0, 1]
     expected = (2 * 0.25 * 0.75 + 0.01**2) / (0.25**2 + 0.75**2 + 0.01**2)  # no variance: the luminance term
-    assert analysis.ssim(a, b).item() == pytest.approx(expected)
-    assert analysis.ssim(x[..., :4, :4], x[..., :4, :4])[0] == pytest.approx(1)  # smaller than the window
+    assert measures.ssim(a, b).item() == pytest.approx(expected)
+    assert measures.ssim(x[..., :4, :4], x[..., :4, :4])[0] == pytest.approx(1)  # smaller than the window
     # the contrast term: the negative of an image of mean mid-gray is its opposite
     y = x - x.mean((2, 3), keepdim=True)
-    assert (analysis.ssim(-y, y) < -0.5).all()
+    assert (measures.ssim(-y, y) < -0.5).all()
 
 
 def test_energy_bands_sum_to_one_and_find_a_wave_in_its_band():
-    shares = analysis.energy_bands(images(5, 3, 16, 12))
+    shares = measures.energy_bands(images(5, 3, 16, 12))
     torch.testing.assert_close(shares.sum(1), torch.ones(5, dtype=torch.float64))
     column = torch.arange(32.0)
     for band, (cycles, expected) in enumerate([(1 / 16, "low"), (3 / 16, "middle"), (3 / 8, "high")]):
         wave = (2 * math.pi * cycles * column).cos().expand(1, 1, 32, 32)
-        shares = analysis.energy_bands(wave)[0]
-        assert list(analysis.BANDS)[band] == expected and shares[band] == pytest.approx(1, abs=1e-6)
+        shares = measures.energy_bands(wave)[0]
+        assert list(measures.BANDS)[band] == expected and shares[band] == pytest.approx(1, abs=1e-6)
 
 
 def test_kept_bands():
     x_0, other = normal(200, 1, 16, 16), normal(200, 1, 16, 16, seed=1)
-    torch.testing.assert_close(analysis.kept_bands(0.3 * x_0, x_0), torch.full((3,), 0.3).double())
-    assert analysis.kept_bands(other, x_0).abs().max() < 0.05
+    torch.testing.assert_close(measures.kept_bands(0.3 * x_0, x_0), torch.full((3,), 0.3).double())
+    assert measures.kept_bands(other, x_0).abs().max() < 0.05
     # the mean of all x_0 that fit x_t keeps ab of the energy, if x_0 is standard normal
     ab = 0.6
     x_t = ab**0.5 * x_0 + (1 - ab) ** 0.5 * other
     torch.testing.assert_close(
-        analysis.kept_bands(ab**0.5 * x_t, x_0), torch.full((3,), ab).double(), atol=0.03, rtol=0
+        measures.kept_bands(ab**0.5 * x_t, x_0), torch.full((3,), ab).double(), atol=0.03, rtol=0
     )
+
+
+def test_kept_colour():
+    x_0, other = normal(50, 3, 8, 8), normal(50, 3, 8, 8, seed=1)
+    luma = (x_0 * torch.tensor([0.299, 0.587, 0.114]).double().view(3, 1, 1)).sum(1, keepdim=True)
+    gray = luma.expand(-1, 3, -1, -1)  # the luminance of x_0 in all channels: no colour
+    torch.testing.assert_close(
+        measures.kept_colour(gray, x_0), torch.tensor([1.0, 0.0]).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(
+        measures.kept_colour(x_0 - gray, x_0), torch.tensor([0.0, 1.0]).double(), atol=1e-6, rtol=0
+    )
+    torch.testing.assert_close(measures.kept_colour(0.3 * x_0, x_0), torch.full((2,), 0.3).double())
+    assert measures.kept_colour(other, x_0).abs().max() < 0.05
+    kept = measures.kept_colour(gray, gray)  # gray images have no chroma to be kept
+    assert kept[0] == pytest.approx(1) and kept[1].isnan()
 
 
 def test_frechet_distance_of_two_gaussians():
@@ -182,9 +212,9 @@ def test_frechet_distance_of_two_gaussians():
     )
     # covariances with the same axes: |m|^2 + sum (s_a - s_b)^2
     expected = 0.3**2 + 0.4**2 + ((scale_a - scale_b) ** 2).sum().item()
-    assert analysis.frechet_distance(a, b) == pytest.approx(expected, rel=0.02)
-    assert analysis.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    assert analysis.frechet_distance(a, a + 1) == pytest.approx(3, rel=1e-6)
+    assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=0.02)
+    assert measures.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert measures.frechet_distance(a, a + 1) == pytest.approx(3, rel=1e-6)
 
 
 def test_frechet_distance_where_the_axes_differ():
@@ -193,44 +223,45 @@ def test_frechet_distance_where_the_axes_differ():
     S_a, S_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
     root = scipy_linalg.sqrtm(S_a @ S_b).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(S_a + S_b - 2 * root)
-    assert analysis.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    assert measures.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
 def test_frechet_distance_says_how_many_images_it_needs():
-    with pytest.raises(utils.UserError, match=r"at least 5 images.*there are 4"):
-        analysis.frechet_distance(normal(4, 4), normal(100, 4))
+    with pytest.raises(UserError, match=r"at least 5 images.*there are 4"):
+        measures.frechet_distance(normal(4, 4), normal(100, 4))
 
 
 def test_precision_and_recall_on_constructed_sets():
     line = torch.arange(10.0)[:, None]  # radius to the 3rd neighbour: 2 inside, 3 at the ends
     real = torch.cat([line, line + 100])  # two modes
     assert (
-        analysis.covered(line + 0.1, real) == 1 and analysis.covered(real, line + 0.1) == 0.5
+        measures.manifold_coverage(line + 0.1, real) == 1
+        and measures.manifold_coverage(real, line + 0.1) == 0.5
     )  # one dropped
     fake = torch.cat([line + 0.1, line + 1000])  # one of two is no data
-    assert analysis.covered(fake, real) == 0.5
-    assert analysis.covered(torch.tensor([[-2.9], [-3.1]]), line) == 0.5  # the end's radius is 3
-    assert analysis.covered(torch.tensor([[4.4]]), line, k=1) == 1
-    with pytest.raises(utils.UserError, match="at least 4 images"):
-        analysis.covered(line, line[:3])
+    assert measures.manifold_coverage(fake, real) == 0.5
+    assert measures.manifold_coverage(torch.tensor([[-2.9], [-3.1]]), line) == 0.5  # the end's radius is 3
+    assert measures.manifold_coverage(torch.tensor([[4.4]]), line, k=1) == 1
+    with pytest.raises(UserError, match="at least 4 images"):
+        measures.manifold_coverage(line, line[:3])
 
 
 def test_diversity_saturation_and_nearest_images():
     x = torch.tensor([0.0, 1.0, 0.0, 0.5]).view(4, 1, 1, 1).expand(4, 1, 2, 2)
     # classes {0, 1}, in [0, 1] at distance 0.5, and {0, 0.5}, at 0.25
-    assert analysis.diversity(x, torch.tensor([7, 7, 3, 3])) == pytest.approx(0.375)
+    assert measures.diversity(x, torch.tensor([7, 7, 3, 3])) == pytest.approx(0.375)
     ends = torch.tensor([-1, -0.9999, 0.5, 1]).view(1, 1, 2, 2)
-    assert analysis.saturation(ends) == 0.75
-    bytes_ = utils.to_uint8(torch.linspace(-1, 1, 4001).view(1, 1, 1, -1))
+    assert measures.saturation(ends) == 0.75
+    bytes_ = to_uint8(torch.linspace(-1, 1, 4001).view(1, 1, 1, -1))
     share = ((bytes_ == 0) | (bytes_ == 255)).mean()
-    assert analysis.saturation(torch.linspace(-1, 1, 4001)[None]) == pytest.approx(share, abs=1e-3)
+    assert measures.saturation(torch.linspace(-1, 1, 4001)[None]) == pytest.approx(share, abs=1e-3)
     cloud = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)  # 0, 0.2, 1
-    distance, index = analysis.nearest_images(analysis.to_x_0(cloud[2:]) - 0.2, cloud)
+    distance, index = measures.nearest_images(to_x_0(cloud[2:]) - 0.2, cloud)
     assert distance.item() == pytest.approx(0.1) and index.tolist() == [2]
-    distance, index = analysis.nearest_images(analysis.to_x_0(cloud), cloud, skip=1)
+    distance, index = measures.nearest_images(to_x_0(cloud), cloud, skip=1)
     assert index.tolist() == [1, 0, 1] and distance.tolist() == pytest.approx([0.2, 0.2, 0.8])
     many = torch.randint(0, 256, (9000, 1, 2, 2), dtype=torch.uint8, generator=generator(0))
-    distance, index = analysis.nearest_images(analysis.to_x_0(many[[5, 4500, 8999]]), many)  # in three parts
+    distance, index = measures.nearest_images(to_x_0(many[[5, 4500, 8999]]), many)  # in three parts
     assert torch.equal(many[index], many[[5, 4500, 8999]]) and distance.max() < 1e-3
 
 
@@ -271,7 +302,7 @@ def test_forward_writes_half_lives_and_a_variance_of_one(analyse, tmp_path):
         # the variance of 50000 values has a standard error of 0.6 %: of 200, none is off by 5 of it
         assert float(row["variance, largest error"]) < 5 * (2 / 50000) ** 0.5
         # corr(x_t, x_0) = sqrt(ab var / (ab var + 1 - ab)) in the mean: one half where ab var = (1 - ab) / 3
-        x_0 = analysis.to_x_0(utils.get_data("digits", cache_dir=tmp_path / "c").images)
+        x_0 = to_x_0(utils.get_data("digits", cache_dir=tmp_path / "c").images)
         var = x_0[torch.randperm(len(x_0), generator=generator(0))[0]].var().item()
         alpha_bar = Diffusion(200, name).alpha_bar
         expected = (alpha_bar * var > (1 - alpha_bar) / 3).sum().item() - 0.5
@@ -344,9 +375,21 @@ def test_langevin_can_stop_on_the_way():
     assert at_20.var().item() == pytest.approx(expected, rel=0.1)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "pndm", "dpm_solver"])
-def test_chains_are_the_samplers_own(sampler):
+@torch.no_grad()
+def heun(diffusion, eps_theta, x, timesteps, generator=None):
+    """Heun's method on the probability flow: two evaluations a stride, but for one that ends in 0."""
+    for t, s, ab_t, ab_s in diffusion.strides(x, timesteps):
+        eps = eps_theta(x, t)
+        if ab_s < 1:
+            eps = (eps + eps_theta(ddim_stride(x, eps, ab_t, ab_s), s)) / 2
+        x = ddim_stride(x, eps, ab_t, ab_s)
+    return x
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "pndm", "dpm_solver", "heun"])
+def test_chains_are_the_samplers_own(sampler, monkeypatch):
     """Chains that join on the way end where each would alone."""
+    monkeypatch.setitem(ddpm.SAMPLERS, "heun", heun)
     diffusion, levels = Diffusion(100, "cosine"), [80, 50, 10]
     eps_theta, x_t = ideal(diffusion, 0.1, 0.7), normal(3, 2, 1, 4, 4)
 
@@ -473,12 +516,12 @@ STUDIES = {
 
 def run_study(analyse, runs, study, flags, *more):
     named = [str(runs / part) if (runs / part).is_dir() else part for part in flags.split()]
-    judged = ["--classifier", runs / "classifier_digits"] if analysis.STUDIES[study].judged else []
-    return analyse(study, *named, *judged, *more)
+    judged = hasattr(analysis.STUDIES[study].settings(), "classifier")
+    return analyse(study, *named, *(["--classifier", runs / "classifier_digits"] if judged else []), *more)
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_study_writes_its_figure_and_table(analyse, runs, study, tmp_path):
+def test_every_study_writes_its_figure_and_table(analyse, runs, study, tmp_path, drawn):
     result = run_study(analyse, runs, study, STUDIES[study], "--out", "o")
     assert result.code == 0, result.err
     assert Image.open(tmp_path / f"o/{study}.png").width > 200
@@ -507,6 +550,86 @@ def test_noise_measures_each_reconstruction_at_each_level(analyse, runs, tmp_pat
         if row["spread of draws"]:  # MSE of draws = MSE of their mean + their variance (K - 1) / K
             spread = (2 * float(row["spread of draws"])) ** 2 / 4 / 2
             assert float(row["mse"]) == pytest.approx(float(row["mse of their mean"]) + spread, rel=1e-3)
+
+
+def test_noise_measures_colour_where_there_is_some(analyse, runs, tmp_path):
+    flags = ["--images", 4, "--samplers", "ddim", "--sample-steps", 2]
+    result = analyse("noise", runs / "text", *flags, "--levels", "1,20", "--out", "o")
+    assert result.code == 0, result.err
+    rows = {(row["reconstruction"], row["t"]): row for row in rows_of(tmp_path / "o/noise.csv")}
+    little, much = rows["one-step x_0", "1"], rows["one-step x_0", "20"]
+    for kept in ("luma kept", "chroma kept"):  # with little noise most is seen, even by two epochs
+        assert float(little[kept]) > 0.3 and float(little[kept]) > float(much[kept]) + 0.2
+    assert {p["chart"] for p in rows_of(tmp_path / "o/noise_curves.csv")} >= {"luma kept", "chroma kept"}
+    assert "ddpm" not in result.out and "spread" not in result.out  # of a sampler that did not run
+    result = run_study(analyse, runs, "noise", STUDIES["noise"], "--out", "gray")
+    assert (
+        "luma kept" not in rows_of(tmp_path / "gray/noise.csv")[0] and "2 draws of each by ddpm" in result.out
+    )
+
+
+def test_noise_levels_can_be_chosen_by_their_snr(analyse, runs, tmp_path):
+    flags = ["--images", 2, "--samplers", "ddim", "--sample-steps", 2, "--snr", "10,1,0.1", "--out", "o"]
+    result = analyse("noise", runs / "ddpm_digits", *flags)
+    assert result.code == 0, result.err
+    snr = Diffusion(20, "cosine").snr[1:]
+    for row, wanted in zip(rows_of(tmp_path / "o/noise.csv"), (10, 1, 0.1), strict=False):
+        distance = (snr.log() - math.log(wanted)).abs()
+        assert int(row["t"]) == distance.argmin() + 1 and float(row["snr"]) == pytest.approx(wanted, rel=0.5)
+
+
+def test_a_sampler_with_two_evaluations_a_stride_works_in_every_study(analyse, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(ddpm.SAMPLERS, "heun", heun)
+    flags = ["--samplers", "heun,ddim", "--images", 4, "--sample-steps", 4, "--levels", "10,20"]
+    result = analyse("noise", runs / "ddpm_digits", *flags, "--out", "o")
+    assert result.code == 0 and "chain, heun" in result.out, result.err
+    result = analyse(
+        "samplers", runs / "ddpm_digits", "--samplers", "heun,ddim", "--schedules", "linear", "--out", "o"
+    )
+    assert result.code == 0, result.err
+    for row in rows_of(tmp_path / "o/samplers.csv"):  # counted, and the last stride takes one
+        assert (
+            int(row["evaluations"]) == int(row["steps"]) * 2 - 1
+            if row["sampler"] == "heun"
+            else int(row["steps"])
+        )
+    for study, run in (("guidance", "ddpm_conditional_digits"), ("evaluate", "ddpm_digits")):
+        few = ["--per-label", 1, "--guidance-scale", 2] if study == "guidance" else ["--samples", 17]
+        more = [
+            "--sampler",
+            "heun",
+            "--sample-steps",
+            2,
+            "--classifier",
+            runs / "classifier_digits",
+            "--out",
+            "o",
+        ]
+        assert analyse(study, runs / run, *few, *more).code == 0
+
+
+def test_forward_follows_several_images(analyse, tmp_path):
+    for i in range(2):
+        noise = np.random.default_rng(i).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / f"{i}.png")
+    flags = ["--image-size", 16, "--schedules", "linear", "--noise-steps", 20, "--out", "o"]
+    assert analyse("forward", "--image", "0.png", "1.png", *flags).code == 0
+    assert analyse("forward", "--image", "0.png", *flags).code == 0
+    both, one = (rows_of(tmp_path / f"o/forward{end}.csv")[0] for end in ("", "_2"))
+    assert (
+        both["points half-life"] == one["points half-life"]
+        and both["mean correlation"] != one["mean correlation"]
+    )
+
+
+def test_losses_of_different_schedules_are_compared_by_snr(analyse, runs, tmp_path):
+    state = torch.load(runs / "p2/ckpt.pt", weights_only=True)
+    state["config"]["schedule"] = "linear"
+    torch.save(state, "linear.pt")
+    flags = ["--images", 4, "--out", "o"]
+    result = analyse("losses", runs / "ddpm_digits", "linear.pt", *flags)
+    assert result.code == 0 and "over SNR" in result.out, result.err
+    assert "over SNR" not in analyse("losses", runs / "ddpm_digits", runs / "p2", *flags).out
 
 
 def test_studies_land_in_the_runs_folder_and_never_overwrite(analyse, runs):
@@ -544,10 +667,11 @@ def test_evaluate_measures_what_sample_writes(analyse, runs, tmp_path):
     assert float(rows[2]["frechet"]) < float(rows[0]["frechet"])  # two epochs draw noise
     assert float(rows[2]["precision"]) > float(rows[0]["precision"]) + 0.3
     result = sampled(runs, tmp_path)
-    model = analysis.load_model(str(runs / "ddpm_digits"), torch.device("cpu"))
-    args = type("Args", (), {"batch_size": 3, "seed": 0})
-    x = analysis.draw(model, range(4), ddpm.ddim, 3, args)
-    assert np.abs(np.subtract(utils.to_uint8(x)[..., 0], result, dtype=int)).max() <= 1
+    path, cpu = runs / "ddpm_digits", torch.device("cpu")
+    model = analysis.Model(str(path), *ddpm.load_network(path), cpu, path)
+    settings = analysis.Settings(batch_size=3)
+    x, evaluations = analysis.draw_samples(model, range(4), ddpm.ddim, 3, settings)
+    assert np.abs(np.subtract(to_uint8(x)[..., 0], result, dtype=int)).max() <= 1 and evaluations == 3
 
 
 def sampled(runs, tmp_path):
@@ -559,7 +683,7 @@ def sampled(runs, tmp_path):
         ddpm.main()
     finally:
         sys.argv = argv
-    return np.stack([np.asarray(Image.open(p)) for p in utils.image_files(tmp_path / "s")])
+    return np.stack([np.asarray(Image.open(p)) for p in image_files(tmp_path / "s")])
 
 
 def test_guidance_of_an_unconditional_model_and_of_captions(analyse, runs, tmp_path):
@@ -596,27 +720,31 @@ def test_denoise_without_a_run_and_of_a_denoiser_alone(analyse, runs, tmp_path):
 
 
 def test_report_has_a_page_for_each_study(analyse, runs, tmp_path, monkeypatch):
-    asked, original = {}, analysis.parse
-    few = {
-        name: [part for part in STUDIES.get(name, "").split() if not (runs / part).is_dir()]
-        for name in analysis.STUDIES
+    asked, parser = {}, analysis.make_parser()
+
+    def quick(name, study):
+        """The study, recorded, with the settings that make it quick."""
+        few = [part for part in STUDIES.get(name, "").split() if not (runs / part).is_dir()]
+        typed = vars(parser.parse_args([name, *few]))
+
+        def run(settings, *models):
+            asked[name] = settings
+            vars(settings).update({key: value for key, value in typed.items() if hasattr(settings, key)})
+            return study.run(settings, *models)
+
+        return study._replace(run=run)
+
+    studies = {
+        name: study if name == "report" else quick(name, study) for name, study in analysis.STUDIES.items()
     }
-
-    def parse(argv=None):  # each study with the flags that make it quick
-        if argv is None:
-            return original()
-        asked[argv[0]] = " ".join(argv)
-        return original([*argv, *few[argv[0]]])
-
-    monkeypatch.setattr(analysis, "parse", parse)
+    monkeypatch.setattr(analysis, "STUDIES", studies)
     classifier = ["--classifier", runs / "classifier_digits"]
-    result = analyse("report", runs / "ddpm_conditional_digits", *classifier, "--out", "o")
+    result = analyse("report", runs / "ddpm_conditional_digits", *classifier, "--seed", 3, "--out", "o")
     assert result.code == 0, result.err
     assert list(asked) == [name for name in analysis.STUDIES if name != "report"]
-    assert (
-        "--dataset digits" in asked["forward"] and "--image-size 8" in asked["forward"]
-    )  # the run's, not ours
-    assert all("--noise-steps 20" in asked[name] for name in ("schedules", "forward", "weights"))
+    assert (asked["forward"].dataset, asked["forward"].image_size) == ("digits", 8)  # the run's, not ours
+    assert all(asked[name].noise_steps == 20 for name in ("schedules", "forward", "weights"))
+    assert all(settings.seed == 3 for settings in asked.values())
     pdf = (tmp_path / "o/report.pdf").read_bytes()
     assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == len(asked)
     for study in asked:
@@ -631,7 +759,7 @@ def test_report_tells_on_its_page_why_a_study_is_left_out(analyse, runs, monkeyp
 
 
 def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_to_install(
-    analyse, runs, tmp_path, monkeypatch
+    analyse, runs, tmp_path, monkeypatch, drawn
 ):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for study, flags in (("noise", STUDIES["noise"]), ("losses", STUDIES["losses"])):
@@ -653,7 +781,6 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
         ("", "STUDY"),
         ("noise", "takes one run"),
         ("noise nowhere", "no checkpoint nowhere"),
-        ("noise {ddpm_digits} {p2}", "takes one run"),
         ("noise {denoiser_digits}", "'denoiser'"),
         ("noise {ddpm_digits} --levels 30", "t runs from 1 to 20"),
         ("noise {ddpm_digits} --samplers euler", "'euler' is none of"),
@@ -662,7 +789,6 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
         ("noise {ddpm_digits} --image none.png", "there is no such file"),
         ("noise {ddpm_digits} --image text.png", "can't be read as an image"),
         ("noise {ddpm_digits} --data-root x --cache-dir", "expected one argument"),
-        ("schedules --schedules linear,straight", "'straight' is none of"),
         ("forward --image plain.png", "of a single colour"),
         ("denoise {ddpm_digits} {p2}", "one of each"),
         ("guidance {ddpm_digits}", "--classifier RUN"),
@@ -679,9 +805,7 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
             "evaluate {ddpm_digits} --classifier {classifier_digits} --samples 10 --sample-steps 2",
             "at least 17",
         ),
-        ("losses {ddpm_digits} {text}", "compare runs of the same data"),
         ("losses", "at least one run"),
-        ("report", "takes one run"),
         ("score {ddpm_digits} {p2}", "one run at most"),
         ("score --classifier {classifier_digits}", "name a RUN"),
         ("samplers {ddpm_digits} --samples 30", "--classifier RUN"),
@@ -692,7 +816,7 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
         ("denoise {ddpm_digits} --image-size 16", "--image-size comes from the run"),
         ("denoise {ddpm_digits} --schedule cosine", "--schedule comes from the run"),
         ("noise {ddpm_digits} --image plain.png --images 3", "leave it out beside --image"),
-        ("report nowhere --out o", "no checkpoint nowhere"),
+        ("noise {ddpm_digits} --levels 3 --snr 1", "leave it out beside --levels"),
         ("report {ddpm_digits} --classifier {c16}", "--image-size 16"),
     ],
 )
@@ -747,6 +871,7 @@ def test_a_conditional_model_is_told_nothing_and_the_user_is_told_so(analyse, ru
 def test_quality_is_measured_on_what_a_small_data_set_allows(analyse, runs, study, tmp_path):
     """200 images: 128 samples would take 256; 100 are drawn."""
     flags = " ".join(part for part in STUDIES[study].split() if part not in ("--samples", "30"))
+    flags += " --samplers ddim" if study == "samplers" else ""
     result = run_study(analyse, runs, study, flags, "--out", "o")
     assert result.code == 0, result.err
     assert {row["n"] for row in rows_of(tmp_path / f"o/{study}.csv")} - {"1000", ""} == {"100"}
@@ -754,7 +879,7 @@ def test_quality_is_measured_on_what_a_small_data_set_allows(analyse, runs, stud
 
 def test_nothing_is_kept_of_a_band_that_the_image_has_nothing_in():
     wave = (2 * math.pi / 16 * torch.arange(32.0)).cos().expand(1, 1, 32, 32)
-    low, middle, high = analysis.kept_bands(wave + 0.1 * images(1, 1, 32, 32), wave)
+    low, middle, high = measures.kept_bands(wave + 0.1 * images(1, 1, 32, 32), wave)
     assert low == pytest.approx(1, abs=0.05) and middle.isnan() and high.isnan()
 
 
@@ -762,12 +887,12 @@ def test_levels_are_times_of_the_run_and_defaults_are_scaled():
     assert analysis.chosen_levels(None, (250, 500, 750), 1000) == [750, 500, 250]
     assert analysis.chosen_levels(None, (250, 500, 750), 20) == [15, 10, 5]
     assert analysis.chosen_levels([3, 9, 3], (250,), 20) == [9, 3]
-    with pytest.raises(utils.UserError, match="from 1 to 20"):
+    with pytest.raises(UserError, match="from 1 to 20"):
         analysis.chosen_levels([21], (250,), 20)
 
 
 def test_a_real_face_at_256_needs_no_network(analyse, data_root, tmp_path):
-    face = utils.image_files(data_root / "faces", recursive=True)[0]
+    face = image_files(data_root / "faces", recursive=True)[0]
     flags = ["--image", face, "--image-size", 256, "--out", "o"]
     assert analyse("forward", *flags, "--schedules", "linear,cosine", "--noise-steps", 40).code == 0
     assert Image.open(tmp_path / "o/forward.png").width > 7 * 256

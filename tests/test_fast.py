@@ -34,7 +34,7 @@ def unet(seed=0, width=8, multipliers=(1, 2)):
 
 
 def digits(n=64, size=8):
-    return get_data("digits", image_size=size, cache_dir=os.devnull + "/none").images[:n]
+    return get_data("digits", image_size=size).images[:n]
 
 
 def gradient(net, loss_fn, images, folder, **settings):
@@ -71,23 +71,23 @@ def test_first_loss_and_gradients_are_those_of_the_plain_loop(prediction, tmp_pa
     assert largest_difference(grads, [p.grad for p in plain.parameters()]) < 1e-5
 
 
-def test_200_steps_in_bf16_lose_as_much_as_in_fp32(tmp_path):
+def test_100_steps_in_bf16_lose_as_much_as_in_fp32(tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):
-        net, diffusion, seen = unet(width=16, multipliers=(1, 4)), ddpm.Diffusion(100, "cosine", "v"), []
+        net, diffusion, seen = unet(width=16), ddpm.Diffusion(100, "cosine", "v"), []
 
         def loss_fn(*inputs, diffusion=diffusion, seen=seen):
             seen.append(diffusion.loss(*inputs))
             return seen[-1]
 
         (tmp_path / precision).mkdir()
-        training, loader = TrainingSettings(epochs=2, lr=1e-3), Loader(digits(800), 8)
+        training, loader = TrainingSettings(epochs=2, lr=1e-3), Loader(digits(400), 8)
         settings = MachineSettings(precision=precision)
         ddpm.train(loss_fn, Trainer(net, EMA, loader, tmp_path / precision, training, settings))
         losses[precision] = torch.stack(seen).mean().item()
-        assert len(seen) == 200
+        assert len(seen) == 100
     assert losses["bf16"] != losses["fp32"]  # it was another precision
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.005)
 
 
 def counted(monkeypatch, place, name):
@@ -142,7 +142,7 @@ def test_memory_of_training_is_counted_by_the_image():
     assert fixed == pytest.approx(5 * 4 * sum(p.numel() for p in net.parameters()), rel=0.05)
     assert six == pytest.approx(6 * one, rel=0.02)
     assert one > 10 * 8 * 8 * 8 * 4  # ten and more activations of 8 channels at 8x8
-    machine.autocast_forward(net, CPU)
+    net.forward = torch.autocast("cpu", torch.bfloat16)(net.forward)
     assert memory_of_training(net, diffusion.loss, digits(1))[1] < 0.9 * one
 
 

@@ -1,10 +1,10 @@
-"""Runs that the program of before issue 13 made: they load, sample and resume, with the results of then.
+"""Runs that the program before issue 13 made: they load, resume and sample, with that program's results.
 
-tests/fixtures holds two, of 2 epochs each, with no network larger than it must be:
-`ddpm.py` and `ddpm_conditional.py --limit 40 --batch-size 16 --width 4 --multipliers 1 2 --blocks 1 --attention 1
---noise-steps 20 --sample-steps 4 --image-size 8 --device cpu --lr 0.02 --epochs 2`. In expected.npz are what that
-program made of them: the weights `net` and `ema` after `--resume RUN --epochs 4`, all in one array, and the images
-`samples` of `--sample 3 --seed 1`, with `--labels 1,2` of the conditional run.
+tests/fixtures holds two, of `ddpm.py FLAGS --epochs 2` and the same with ddpm_conditional.py, FLAGS being
+--limit 40 --batch-size 16 --width 4 --multipliers 1 2 --blocks 1 --attention 1 --image-size 8 --device cpu
+--noise-steps 20 --sample-steps 4 --lr 0.02. In expected.npz is what that program made of them: the weights
+`net` and `ema` after `--resume RUN --epochs 4`, each in one array, and the images `samples` of
+`--sample 3 --seed 1`, with `--labels 1,2` where the run is conditional.
 """
 
 import csv
@@ -50,8 +50,12 @@ def test_an_old_run_goes_on_as_it_would_have(old, script):
     state = torch.load(run / "ckpt.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (4, 12)
     for part in ("net", "ema"):
-        found = torch.cat([value.flatten() for value in state[part].values()])
-        np.testing.assert_allclose(found.numpy(), expected[part], atol=1e-4, rtol=0)
+        wanted, position = torch.from_numpy(expected[part]), 0
+        for name, found in state[part].items():
+            position, start = position + found.numel(), position
+            if not name.endswith("k.bias"):  # without effect: its gradient is rounding, which AdamW enlarges
+                assert torch.allclose(found.flatten(), wanted[start:position], atol=1e-4, rtol=0), name
+        assert position == len(wanted)
     assert [row["epoch"] for row in csv.DictReader(open(run / "log.csv"))] == ["1", "2", "3", "4"]
     config = json.loads((run / "config.json").read_text())
     assert OF_SAMPLES & before.keys() and config == state["config"] and not OF_SAMPLES & config.keys()

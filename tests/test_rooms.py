@@ -1,13 +1,14 @@
-"""The rooms of the project: how long they are, and who imports whom.
+"""The rooms of the project: their sizes, and what imports what.
 
-python tests/test_rooms.py prints the counts; as a test it fails when a room is overfull, when a function is too
-long or takes too much, when `support` imports a script, or when a training step passes through too many functions.
+python tests/test_rooms.py prints the counts. As a test it fails when a room is overfull, a function is too
+long or takes too many parameters, `support` imports a script, or a training step passes through too many
+functions.
 """
 
 import ast
-import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def imported(path):
 TRACE = """
 import sys, threading
 sys.path.insert(0, {project!r})
-sys.argv = ["ddpm.py", "--limit", "32", "--epochs", "1", "--device", "cpu"]
+sys.argv = ["ddpm.py"]
 import torch, ddpm
 from support.trainer import Trainer
 seen, depth = set(), []
@@ -67,7 +68,7 @@ seen, depth = set(), []
 def watch(frame, event, arg):
     code = frame.f_code
     if event == "call" and code.co_filename.startswith({project!r}) and not code.co_name.startswith("<"):
-        seen.add((code.co_filename, code.co_qualname if hasattr(code, "co_qualname") else code.co_name))
+        seen.add((code.co_filename, code.co_name))
         if code.co_name == "loss" and not depth:
             calls = 0
             while frame.f_code.co_name != "main":
@@ -151,8 +152,6 @@ def test_the_way_from_main_to_the_loss_is_short(tmp_path):
 if __name__ == "__main__":
     for what, (count, bound) in counts().items():
         print(f"{what:28s}{count:6d}  of {bound}{'' if count <= bound else '   TOO MANY'}")
-    count, depth, names = trace(os.environ.get("TMPDIR", "/tmp"))
-    print(
-        f"{'functions to the first step':28s}{count:6d}  of 60\n{'calls from main to the loss':28s}{depth:6d}  of 5"
-    )
-    print(names)
+    count, depth, names = trace(tempfile.mkdtemp())
+    print(f"{'functions to the first step':28s}{count:6d}  of 60")
+    print(f"{'calls from main to the loss':28s}{depth:6d}  of 5\n{names}")

@@ -368,9 +368,10 @@ def test_watched_counts_keeps_and_moves_the_bar(name):
     x_0 = SAMPLERS[name](diffusion, watched, x, timesteps, generator.manual_seed(0))
     assert torch.equal(x_0, SAMPLERS[name](diffusion, eps_theta, x, timesteps, generator.manual_seed(0)))
     assert watched.evaluations >= 4 and list(watched.kept) == [20, 10]  # nothing is evaluated at 0
-    half_way = SAMPLERS[name](diffusion, eps_theta, x, timesteps[:3], generator.manual_seed(0))
-    assert torch.equal(watched.kept[20], x) and torch.equal(watched.kept[10], half_way)
-    assert sum(moves) >= 5 * (1 - 5 / 20) and sum(moves) <= 5 and min(moves) > 0  # all but the last stride
+    assert torch.equal(watched.kept[20], x)
+    assert 5 * (1 - 5 / 20) <= sum(moves) <= 5 and min(moves) > 0  # all but, at most, the last stride
     if name in ("ddpm", *DETERMINISTIC):
+        half_way = SAMPLERS[name](diffusion, eps_theta, x, timesteps[:3], generator.manual_seed(0))
+        assert torch.equal(watched.kept[10], half_way)
         assert watched.evaluations == 4 and moves == [5 * 5 / 20] * 3
     assert Watched(lambda x, t: -x, 20)(x, torch.tensor([7] * 5)).equal(-x)  # a bar is not needed

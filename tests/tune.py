@@ -31,7 +31,7 @@ from modules import EMA, make_network
 from support.errors import run_main
 from support.launch import load_data
 from support.loader import Loader
-from support.machine import MachineSettings, autocast_forward, get_device, to_device, use_bf16
+from support.machine import MachineSettings, get_device, to_device, use_bf16
 from support.measures import frechet_distance, quality
 from support.settings import Command, Parser, add_settings, make_command
 from support.trainer import Trainer, TrainingSettings
@@ -71,7 +71,7 @@ def stepper(arm: Arm):
     optimizer, ema = torch.optim.AdamW(net.parameters(), fused=arm.device.type != "mps"), EMA(net)
     x_0, _ = next(arm.loader().epoch(0))
     if use_bf16(arm.command["precision"], arm.device, net):
-        autocast_forward(net, arm.device)
+        net.forward = torch.autocast(arm.device.type, torch.bfloat16)(net.forward)
 
     def step() -> float:
         start = time.perf_counter()
