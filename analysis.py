@@ -52,9 +52,8 @@ from support.text import conditions
 from support.trainer import Trainer, TrainingSettings
 from utils import SCHEDULES, WEIGHTINGS, p2
 
+
 # The shared pieces: settings, models, images, samples ------------------------------------------------------
-
-
 @settings_class()
 class Settings:
     """All settings of the studies; a study has those that its decorator names, and the last five."""
@@ -130,7 +129,7 @@ class Model:
     folder: Path
 
     def eps_theta(self, numbers: Tensor | None = None):
-        """The denoiser of samples of any numbers, its x_0 clipped; a conditional network gets the null condition."""
+        """The denoiser of samples of any numbers, x_0 clipped, with the null condition."""
         return clip_x_0(self.diffusion, self.diffusion.denoiser(self.net))
 
     def guided(self, y: Tensor, scale: float, numbers: Tensor):
@@ -274,7 +273,6 @@ def over_snr(title: str, y: str, lines: dict, log: str = "xy") -> Panel:
 
 
 # 1. The P2 comparison: what a model recovers from x_t ------------------------------------------------------
-
 JOINED = ("ddpm", "ddim")  # they use x_t alone, so that other images may join their batch on the way
 
 
@@ -414,8 +412,6 @@ def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence
 
 
 # 2. The schedules ------------------------------------------------------------------------------------------
-
-
 @study("schedules noise_steps")
 def schedules(settings: Settings) -> Result:
     """betas, alpha_bar and SNR of every schedule over t, and where its landmarks lie.
@@ -440,8 +436,6 @@ def schedules(settings: Settings) -> Result:
 
 
 # 3. The forward process ------------------------------------------------------------------------------------
-
-
 def standardised(x: Tensor) -> Tensor:
     """Mean 0 and variance 1 in each coordinate of points (N, D, 1, 1), or over all values of images."""
     dims = 0 if x.shape[-1] == 1 else (0, 1, 2, 3)
@@ -556,8 +550,6 @@ def forward(settings: Settings) -> Result:
 
 
 # 4. Weights ------------------------------------------------------------------------------------------------
-
-
 def ho_weights(diffusion: Diffusion) -> Tensor:
     """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,).
 
@@ -610,8 +602,6 @@ def weights(settings: Settings) -> Result:
 
 
 # 5. Denoising ----------------------------------------------------------------------------------------------
-
-
 def best_blur(x: Tensor, x_0: Tensor) -> tuple[Tensor, int, float]:
     """x (B, C, H, W) under the Gaussian blur that brings it nearest to x_0, its kernel's width and sigma."""
     size, tried = min(x.shape[-2:]), []
@@ -699,8 +689,6 @@ def one_level(model: Model) -> tuple[list[Image.Image], list[dict]]:
 
 
 # 6. Samplers, and other schedules at inference -------------------------------------------------------------
-
-
 def real_halves(data: utils.Data, evaluator: Evaluator, n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices of the real images in two random halves: samples are compared with the first, and so are n of
     the second, as samples that could not be better. UserError where n is too small, or the data are too few.
@@ -797,7 +785,6 @@ def samplers_figure(model: Model, pictures: dict, rows: Sequence[dict], counts: 
 
 
 # 7. Guidance -----------------------------------------------------------------------------------------------
-
 SCALES = [0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 15.0]
 GUIDANCE = "guidance_scale labels prompt per_label classifier guide sampler sample_steps batch_size"
 
@@ -892,6 +879,12 @@ def guidance(settings: Settings, model: Model) -> Result:
 
 
 # 8. Quality in numbers -------------------------------------------------------------------------------------
+def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; both (n,)"""
+    parts = (to_x_0(part).flatten(1) / 2 for part in cloud.split(4096))  # few are made float at once
+    apart = torch.cat([torch.cdist(x.flatten(1) / 2, part) for part in parts], dim=1) / x[0].numel() ** 0.5
+    # skip = 1 where x is part of the cloud, and each image is its own nearest
+    return tuple(found[:, -1] for found in apart.topk(min(1 + skip, len(cloud)), largest=False))
 
 
 @study("samples guidance_scale classifier sampler sample_steps batch_size", 1, math.inf)
@@ -929,14 +922,14 @@ def evaluate(settings: Settings, *models: Model) -> Result:
         for scale in scales:
             eps_theta_of = None if y is None else partial(model.guided, y, scale)
             x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, eps_theta_of)
-            nearest, index = measures.nearest_images(x, images)
+            nearest, index = nearest_images(x, images)
             row = {"run": model.path, "scale": scale, "epoch": model.config["epoch"]}
             rows.append(row | {"sampled by": f"{sampler} {steps}"} | measured(x, y, nearest))
             pictures += [x[:10], to_x_0(images[index[:10]])]
             under = "" if y is None else f" scale {scale:g}"
             names += [model.folder.name + under, "nearest training image"]
     floor = to_x_0(data.images[second[:n]])  # the score of other real images against the same half
-    nearest, _ = measures.nearest_images(floor, images, skip=1)
+    nearest, _ = nearest_images(floor, images, skip=1)
     rows.append({"run": "real images"} | measured(floor, data.labels[second[:n]], nearest))
     caption = f"samples, and the nearest of {len(images)} training images to each"
     notes = [f"as {path} sees them, trained on most of them; against {len(first)} real, and so is the last"]
@@ -946,8 +939,6 @@ def evaluate(settings: Settings, *models: Model) -> Result:
 
 
 # 9. Losses -------------------------------------------------------------------------------------------------
-
-
 @study("image images batch_size", 1, math.inf, images=256)
 def losses(settings: Settings, *models: Model) -> Result:
     """The error at each noise level, of every run on the same images and noise, and training curves.
@@ -990,8 +981,6 @@ def losses(settings: Settings, *models: Model) -> Result:
 
 
 # 10. The network as a score function -----------------------------------------------------------------------
-
-
 @torch.no_grad()
 def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0.3):
     """Annealed Langevin dynamics, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Song & Ermon 2019).
@@ -1074,8 +1063,6 @@ def score_fields(diffusion: Diffusion, eps_theta) -> list[Panel]:
 
 
 # 11. The report, and the command line ----------------------------------------------------------------------
-
-
 @study("image classifier", 1, 1)
 def report(settings: Settings, model: Model) -> None:
     """Every study of one run, in files of its own and as a page of a PDF.

@@ -37,11 +37,9 @@ from support.settings import COUNT, POSITIVE, Command, parse, real, rows_of, set
 from support.trainer import Trainer, TrainingSettings
 from utils import PLAIN_MSE, SCHEDULES, WEIGHTINGS
 
-# ------------------------------------------------------------------------------------------------------------
+
 # The forward process, and Algorithm 1's loss. A denoiser, here and everywhere, is a function
 # eps_theta(x_t (B, C, H, W), t (B,)) -> eps (B, C, H, W).
-
-
 class Diffusion:
     """The forward process q(x_t | x_0), what a network is trained to predict of it, and how that becomes eps.
 
@@ -154,14 +152,11 @@ class Diffusion:
             yield t, s, ab_t, ab_s
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Samplers: sampler(diffusion, eps_theta, x, timesteps, generator=None) -> x, from x (B, C, H, W) at
 # timesteps[0] to x at timesteps[-1]. They see a denoiser and a decreasing list of timesteps, nothing else. A
 # list that ends above 0 leaves x_t at that noise level, for another sampler to go on from. `generator` is one
 # or a list, one for each image. Clipping is not in them: `sample`, below, calls them with the denoiser
 # clip_x_0(diffusion, eps_theta), unless --no-clip is given.
-
-
 def numbered_noise(numbers, shape, seed: int) -> tuple[Tensor, list[torch.Generator]]:
     """x_T (B, *shape) ~ N(0, I) (DDPM, Algorithm 2, line 1), and a generator for each of the numbered images.
 
@@ -290,8 +285,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "pndm": pndm, "dpm_solver": dpm_solver}
 VARIANCES = ("posterior", "beta")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings of the two, from which the command line is made; then clipping, and times quoted for T = 1000.
+# Settings of the two, from which the command line is made; then clipping, and times quoted for T = 1000. ---
 
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps, also with --prediction v (default: plain MSE on the prediction; p2 for shapes)"""
@@ -351,10 +345,7 @@ def strided_timesteps(T: int) -> list[int]:
     return sorted({0, *(at(t, T) for t in range(990, 0, -30))}, reverse=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training and sampling
-
-
+# Training and sampling ------------------------------------------------------------------------------------
 def train(loss_fn, trainer: Trainer) -> None:
     """Minimise `loss_fn(net, x_0, y, generator)` by gradient steps (DDPM, Algorithm 1).
 
@@ -446,10 +437,7 @@ class TaskSettings:
     sigma: float = setting(0.5, "noise level, for images in [0, 1]", "S", POSITIVE, of="task=denoiser")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# From settings to diffusion, networks and samples
-
-
+# From settings to diffusion, networks and samples ---------------------------------------------------------
 def make_diffusion(config: dict) -> Diffusion:
     """The diffusion process and loss of a run; a note where the schedule leaves signal at t = T."""
     weighting = config["weighting"]
@@ -502,7 +490,7 @@ def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
 def run_sampling(command: Command) -> None:
     """Draw --sample images from the averaged weights of --checkpoint, into a grid and single files."""
     output, seed, device = command[runs.OutputSettings], command["seed"], get_device(command["device"])
-    processes = launch.join_sampling(device, output)
+    processes = launch.join_processes(device)
     net, diffusion, config = load_network(output.checkpoint, device, ("ddpm",))
     settings = settle_sampler(command, config, diffusion.T)
     made = runs.made_with({**vars(settings), "seed": seed}, config, net)
@@ -519,8 +507,7 @@ def run_sampling(command: Command) -> None:
     plan.draw_grids({1.0: draw}, caption, f"{settings.sampler}_{settings.sample_steps}_seed{seed}.png")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line ---------------------------------------------------------------------------------------------
 
 GROUPS = {
     "task": TaskSettings,

@@ -34,10 +34,8 @@ from support.samples import Plan
 from support.settings import COUNT, Command, listed, parse, real, rows_of, setting, settings
 from support.text import CONDITIONS, ConditionSettings, conditions
 
-# ------------------------------------------------------------------------------------------------------------
-# 2.b Guidance makes a denoiser eps_theta(x_t, t) -> eps, or wraps one, so it works with every sampler.
 
-
+# 2.b Guidance makes a denoiser eps_theta(x_t, t) -> eps, or wraps one, so it works with every sampler. ----
 def cfg(diffusion, net, y: Tensor, scale: float, interval=None, rescale: float = 0.0):
     """Classifier-free guidance, `eps_u + s (eps_c - eps_u)`; y (B, ...) is the condition of each image.
 
@@ -160,10 +158,7 @@ def check_guidance(settings: GuidanceSettings, T: int | None = None) -> None:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training: a conditional denoiser, or a noise-aware classifier.
-
-
+# Training: a conditional denoiser, or a noise-aware classifier. -------------------------------------------
 def conditional_loss(diffusion, null, p_uncond: float, net, x_0: Tensor, y: Tensor, generator=None) -> Tensor:
     """The loss, each image's condition y (B, ...) dropped to null(y), the null condition, with p_uncond."""
     # Start: 2.b training step (Ho & Salimans 2022, Algorithm 1)
@@ -291,7 +286,7 @@ def run_sampling(command: Command) -> None:
     """Draw --batches times --sample images from --checkpoint under conditions: a grid of each batch."""
     output, how, guidance = command[runs.OutputSettings], command[GuideSettings], command[GuidanceSettings]
     wanted, seed, device = command[ConditionSettings], command["seed"], get_device(command["device"])
-    processes, each, path = launch.join_sampling(device, output), output.sample, output.checkpoint
+    processes, each, path = launch.join_processes(device), output.sample, output.checkpoint
     kinds = ("ddpm_conditional", "ddpm") if how.guidance == "classifier" else ("ddpm_conditional",)
     net, diffusion, config = load_network(path, device, kinds)
     settings = ddpm.settle_sampler(command, config, diffusion.T)

@@ -38,16 +38,14 @@ from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_pictures
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import distance, diversity, psnr, saturation
-from support.operators import PROBLEMS, VIEWS, Measurement, View, is_isometry, low_pass, turned
+from support.operators import VIEWS, View, low_pass, turned
 from support.pictures import make_grid, save_picture
 from support.runs import model_name, prepare_folders, run_folder
 from support.settings import COUNT, POSITIVE, listed, real, setting, whole
 from support.text import conditions
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. SDEdit: noise an image to some level, and denoise it from there
 
-
+# 1. SDEdit: noise an image to some level, and denoise it from there ---------------------------------------
 def sdedit(diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Tensor:
     """x_0 noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
     # Start: SDEdit
@@ -57,10 +55,7 @@ def sdedit(diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Ten
     # End
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Inpainting: known pixels replace what the model makes of them
-
-
+# 2. Inpainting: known pixels replace what the model makes of them -----------------------------------------
 def inpaint(diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generator=None) -> Tensor:
     """x at the first timestep -> x_0 with its hole, bool (1, 1, H, W), filled (RePaint, Algorithm 1).
 
@@ -97,8 +92,13 @@ def renoise(diffusion, x: Tensor, s: int, t: int, generator=None) -> Tensor:
     return alpha**0.5 * x + (1 - alpha) ** 0.5 * randn_like(x, generator)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Two conditions in one picture: visual anagrams and hybrid images
+# 3. Two conditions in one picture: visual anagrams and hybrid images --------------------------------------
+def is_isometry(view: View, shape) -> bool:
+    """Whether a view of images of a shape (C, H, W) keeps inner products, and `undo` inverts `see`."""
+    x = torch.randn(4, *shape, generator=seeded_generator(0), dtype=torch.float64)
+    y = view.see(x)
+    same = y.shape == x.shape and torch.allclose(y.flatten(1) @ y.flatten(1).T, x.flatten(1) @ x.flatten(1).T)
+    return same and torch.allclose(view.undo(y), x)
 
 
 def anagram(eps_1, eps_2, view: View):
@@ -111,10 +111,7 @@ def hybrid(eps_1, eps_2, sigma: float | None = None):
     return lambda x_t, t: low_pass(eps_1(x_t, t), sigma) + (fine := eps_2(x_t, t)) - low_pass(fine, sigma)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Interpolation through DDIM inversion
-
-
+# 4. Interpolation through DDIM inversion ------------------------------------------------------------------
 @torch.no_grad()
 def ddim_inversion(diffusion, eps_theta, x, timesteps, iterations: int = 5) -> Tensor:
     """The noise x_T from which DDIM makes the images x, by the same decreasing timesteps.
@@ -152,10 +149,7 @@ def mixture(eps_1, eps_2, u: Tensor):
     return lambda x_t, t: torch.lerp(eps_1(x_t, t), eps_2(x_t, t), u.view(-1, 1, 1, 1))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # 5. Score distillation of images x = g(theta); a parameterisation makes theta and g from noise (B, C, H, W)
-
-
 def pixels(noise: Tensor):
     """The pixels themselves, starting from faint noise."""
     x = (0.1 * noise).requires_grad_()
@@ -216,8 +210,48 @@ def score_distillation(diffusion, eps_theta, parameters, steps, lr, generators, 
     return torch.stack(snapshots)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Linear restoration: the model fills in what a measurement y = A x leaves open
+# 6. Linear restoration: the model fills in what a measurement y = A x leaves open -------------------------
+class Measurement(namedtuple("Measurement", "A inverse")):
+    """A linear map A of images (B, C, H, W) and its pseudo-inverse A+: A A+ A = A."""
+
+    def project(self, x: Tensor, y: Tensor) -> Tensor:
+        """A+ y + (I - A+ A) x: the image nearest to x with A x = y."""
+        return x + self.inverse(y - self.A(x))
+
+
+def colourise(shape) -> Measurement:
+    """A: the mean of the channels, of images of a shape (C, H, W); UserError for C = 1."""
+    if shape[0] == 1:
+        raise UserError("--problem colourise: the model draws gray images; choose one of colour images")
+    return Measurement(lambda x: x.mean(1, keepdim=True), lambda y: y.repeat(1, shape[0], 1, 1))
+
+
+def super_resolve(shape, factor: int) -> Measurement:
+    """A: the mean of each factor x factor pixels; UserError if `factor` does not divide the size."""
+    possible = [n for n in range(2, shape[-1]) if shape[-1] % n == 0]
+    if factor not in possible:
+        choices = ", ".join(map(str, possible)) or "none"
+        raise UserError(f"--factor {factor}: for {shape[-1]} pixels it is one of {choices}")
+    return Measurement(partial(F.avg_pool2d, kernel_size=factor), partial(F.interpolate, scale_factor=factor))
+
+
+def deblur(shape, sigma: float | None = None) -> Measurement:
+    """A: a Gaussian blur of rows and columns, by a matrix whose singular values of at most 0.1 are 0."""
+    sigma = sigma or max(1.5, shape[-1] / 32)  # pixels
+    at = torch.arange(shape[-1], dtype=torch.float64)
+    B = torch.exp(-0.5 * ((at[:, None] - at) / sigma) ** 2)
+    U, S, V = torch.linalg.svd(B / B.sum(1, keepdim=True))  # rows sum to 1 at the edges too
+    kept = S > 0.1  # the largest is about 1
+    B = ((U[:, kept] * S[kept]) @ V[kept]).float()
+    B_inverse = ((V[kept].T / S[kept]) @ U[:, kept].T).float()
+
+    def on_both_sides(matrix: Tensor):
+        return lambda x: matrix.to(x.device) @ x @ matrix.T.to(x.device)
+
+    return Measurement(on_both_sides(B), on_both_sides(B_inverse))
+
+
+PROBLEMS = {"colourise": colourise, "deblur": deblur, "super_resolve": super_resolve}
 
 
 def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
@@ -231,8 +265,7 @@ def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
     return eps_theta_restoring
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What every task is given
+# What every task is given ---------------------------------------------------------------------------------
 START = "strides to start at, of 990, 960, ..., 0 or --sample-steps, from 0 on (default: 1,3,5,7,10,20)"
 I_STARTS = [1, 3, 5, 7, 10, 20]
 BLUR = "sigma of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
@@ -368,11 +401,8 @@ def counted(eps_theta, bar, evaluations: int):
     return lambda x_t, t: (eps_theta(x_t, t), bar.update(len(x_t) / evaluations))[0]
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The tasks: run(model) -> columns of pictures {head, or t of an x_t: (N, C, H, W)}, labels of the N rows,
 # results (M, C, H, W), and notes of what was measured
-
-
 def run_sdedit(model: Model):
     """Noise an image to several levels, and denoise it from there (SDEdit), by default in 33 strides."""
     diffusion, timesteps, last = model.diffusion, model.timesteps, len(model.timesteps) - 2
@@ -584,8 +614,7 @@ def run_restore(model: Model):
     return columns, [item.label for item in items], columns["result"], notes
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
+# Command line ---------------------------------------------------------------------------------------------
 GROUPS = [EditSettings, ddpm_conditional.GuidanceSettings, ddpm.SamplerSettings, MachineSettings]
 Edit = namedtuple("Edit", "run flags defaults", defaults=({},))
 EDITS = {

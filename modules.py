@@ -21,13 +21,11 @@ from support.text import END, PAD
 
 
 @settings()
-class NetworkSettings:  # what is None follows the image size: support/defaults.py
+class NetworkSettings:  # None: by image size, see default_network in support/launch.py
     width: int | None = setting(None, "channels at full resolution", "N", whole(4))
     multipliers: list | None = setting(None, "multiples of the width, one a level", "M", COUNT, nargs="+")
     blocks: int | None = setting(None, "residual blocks a level", "N", COUNT)
-    attention: list | None = setting(
-        None, "levels with attention; level 1 is half resolution", "LEVEL", int, nargs="*"
-    )
+    attention: list | None = setting(None, "levels with attention; 1 is half size", "LEVEL", int, nargs="*")
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
 
 
@@ -64,10 +62,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.time = init_layer(nn.Linear(emb_dim, c_out))
-        self.norm2, self.conv2 = (
-            group_norm(c_out),
-            init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True),
-        )
+        self.norm2 = group_norm(c_out)
+        self.conv2 = init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = init_layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
@@ -128,9 +124,7 @@ class UNetBlock(nn.Module):
 
     recompute = True  # in the backward pass, with --checkpointing
 
-    def __init__(
-        self, c_in: int, c_out: int, emb_dim: int, dropout: float, attention: bool, context_dim: int
-    ):
+    def __init__(self, c_in: int, c_out: int, emb_dim, dropout, attention: bool, context_dim):
         super().__init__()
         self.block = ResidualBlock(c_in, c_out, emb_dim, dropout)
         self.attention = Attention(c_out, context_dim) if attention else None
@@ -152,13 +146,13 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        channels: int = 3,
-        width: int = 64,
-        multipliers: tuple[int, ...] = (1, 2, 4),
-        blocks: int = 2,
-        attention: tuple[int, ...] = (1,),
-        dropout: float = 0.0,
-        context_dim: int = 0,
+        channels=3,
+        width=64,
+        multipliers=(1, 2, 4),
+        blocks=2,
+        attention=(1,),
+        dropout=0.0,
+        context_dim=0,
     ):
         super().__init__()
         if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
@@ -170,11 +164,8 @@ class Encoder(nn.Module):
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
         self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
 
-        self.time_mlp = nn.Sequential(
-            init_layer(nn.Linear(width, self.emb_dim)),
-            nn.SiLU(),
-            init_layer(nn.Linear(self.emb_dim, self.emb_dim)),
-        )
+        first, second = init_layer(nn.Linear(width, 4 * width)), init_layer(nn.Linear(4 * width, 4 * width))
+        self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
         self.conv_in = init_layer(nn.Conv2d(channels, width, 3, padding=1))
         c = width
         self.skip_channels = [c]  # of every output that the UNet keeps as a skip
@@ -198,9 +189,7 @@ class Encoder(nn.Module):
         """
         return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)), None
 
-    def encode(
-        self, x: torch.Tensor, emb: torch.Tensor, context: Context | None
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def encode(self, x: torch.Tensor, emb: torch.Tensor, context: Context | None):
         """The output of the middle, (B, width * multipliers[-1], H / divisor, W / divisor), and the skips."""
         size = tuple(x.shape[-2:])
         if size[0] % self.divisor or size[1] % self.divisor:
@@ -304,9 +293,7 @@ class TextUNet(UNet):
     so is y = None. The other arguments are the UNet's.
     """
 
-    def __init__(
-        self, vocabulary: int, max_tokens: int, *unet, text_width: int = 128, text_layers: int = 2, **more
-    ):
+    def __init__(self, vocabulary: int, max_tokens: int, *unet, text_width=128, text_layers=2, **more):
         super().__init__(*unet, **more, context_dim=text_width)
         self.max_tokens = max_tokens
         self.token_embedding = nn.Embedding(vocabulary, text_width)
@@ -315,9 +302,8 @@ class TextUNet(UNet):
             nn.init.normal_(embedding.weight, std=0.5**0.5)  # their sum has variance 1
         layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, activation="gelu")
         heads = max(1, text_width // 32)
-        self.transformer = nn.ModuleList(
-            layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers)
-        )
+        layers = (layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers))
+        self.transformer = nn.ModuleList(layers)
         self.text_norm = nn.LayerNorm(text_width)
         self.text_to_emb = init_layer(nn.Linear(text_width, self.emb_dim))
 
@@ -389,10 +375,9 @@ class PointMLP(nn.Module):
         super().__init__()
         self.width = width
         self.register_buffer("frequencies", torch.tensor([0.5, 1.0, 2.0]) * math.pi)
-        self.layers = nn.Sequential(
-            *(nn.Linear(2 + 2 * 6 + width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()),
-            *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
-        )
+        linear = [nn.Linear(2 + 2 * 6 + width, width), nn.Linear(width, width), nn.Linear(width, width)]
+        hidden = [layer for one in linear for layer in (one, nn.SiLU())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         angles = (x.flatten(1)[:, :, None] * self.frequencies).flatten(1)  # (B, 6)

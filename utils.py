@@ -20,7 +20,6 @@ from support.settings import COUNT, setting, settings
 
 HERE = Path(__file__).resolve().parent  # the folder of the project
 
-# ------------------------------------------------------------------------------------------------------------
 # Beta schedules: f(T) -> betas, shape (T,), float64, in (0, 1). betas[t - 1] is the papers' beta_t.
 #
 # A step of the forward process is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM, eq. 2); t steps
@@ -116,10 +115,7 @@ SCHEDULES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Weightings of the loss: w(snr), the weight of the squared error of eps at a noise level; (T,) -> (T,).
-
-
+# Weightings of the loss: w(snr), the weight of the squared error of eps at a noise level; (T,) -> (T,). ---
 def p2(snr: Tensor, gamma: float = 1.0, k: float = 1.0) -> Tensor:
     """w = 1 / (k + snr)^gamma: less where there is little noise to clean up (P2, Choi et al. 2022)."""
     return 1 / (k + snr) ** gamma
@@ -140,12 +136,9 @@ WEIGHTINGS = {
 PLAIN_MSE = {"eps": "simple", "x_0": "x_0", "v": "v"}  # for each prediction: plain MSE on what it predicts
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Data sets: f(root, split) -> Source says what there is: image files, or arrays, with labels or captions.
 # `get_data` turns a Source into Data, one uint8 array, decoded once and cached. To add a data set, write a
 # function and add it to DATASETS.
-
-
 @dataclass
 class Source:
     """Images before decoding: files, scenes, or an array, uint8 (N, h, w) or (N, h, w, C); their labels."""
@@ -292,14 +285,8 @@ def shapes(root: Path, split: str, count: int = 20000) -> Source:
 
 
 DATASETS: dict[str, Callable[..., Source]] = {
-    "digits": digits,
-    "mnist": mnist,
-    "fashion_mnist": fashion_mnist,
-    "cifar10": cifar10,
-    "imagenette": imagenette,
-    "stanfordcars": stanfordcars,
-    "folder": folder,
-    "shapes": shapes,
+    **{"digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10},
+    **{"imagenette": imagenette, "stanfordcars": stanfordcars, "folder": folder, "shapes": shapes},
 }
 NARROW = {"digits", "mnist", "fashion_mnist", "shapes"}  # narrow networks learn these well, and far sooner
 DEFAULTS = {  # the settings that suit a data set, where the command line leaves them open
@@ -315,9 +302,7 @@ FLIP = "mirror images at random, one in two (default: yes; no for digits, mnist,
 class DataSettings:
     dataset: str = setting("digits", "data set: %(choices)s", "NAME", choices=DATASETS)
     data_root: str = setting("data", "folder of the data set, or to download it to", "DIR", resume=True)
-    image_size: int | None = setting(
-        None, "height and width of images (default: by data set)", "PIXELS", COUNT
-    )
+    image_size: int | None = setting(None, "height and width (default: by data set)", "PIXELS", COUNT)
     channels: int | None = setting(None, "1 gray, 3 RGB (default: by data set)", type=int, choices=[1, 3])
     limit: int | None = setting(None, LIMIT, "N", COUNT)
     flip: bool | None = setting(None, FLIP, action=argparse.BooleanOptionalAction)
@@ -326,14 +311,14 @@ class DataSettings:
 
 
 def get_data(
-    dataset: str,
-    data_root: str | Path = "data",
-    split: str = "train",
-    image_size: int | None = None,
-    channels: int | None = None,
-    limit: int | None = None,
-    workers: int | None = None,
-    cache_dir: str | Path = "data/cache",
+    dataset,
+    data_root="data",
+    split="train",
+    image_size=None,
+    channels=None,
+    limit=None,
+    workers=None,
+    cache_dir="data/cache",
 ) -> Data:
     """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 

@@ -40,8 +40,11 @@ def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] |
     """
     folder, near = find_images(root, split)
     files, labels, folders = labelled_folders(folder)
-    official, flat = official_names(near), image_files(folder)
-    if len(flat) > len(files):
+    if path := find_file(near, "names.csv"):
+        official = [name for row in read_csv(path) if (name := row[0].strip())]
+    else:
+        official = [str(name) for name in read_mat(find_file(near, "cars_meta.mat"), "class_names")]
+    if len(flat := image_files(folder)) > len(files):
         files, labels, folders = flat, None, None
     elif official:  # labels by folder name
         number_of = {key(name): k for k, name in enumerate(official)}
@@ -77,13 +80,6 @@ def find_images(root: Path, split: str) -> tuple[Path, list[Path]]:
 def key(name: str) -> str:
     """A class name to compare by: "Ram C/V" is the folder "Ram C-V", as folder names have no slash."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
-
-
-def official_names(near: list[Path]) -> list[str]:
-    """The class names in official order, from names.csv or (with scipy) devkit/cars_meta.mat, or none."""
-    if path := find_file(near, "names.csv"):
-        return [name for row in read_csv(path) if (name := row[0].strip())]
-    return [str(name) for name in read_mat(find_file(near, "cars_meta.mat"), "class_names")]
 
 
 def find_file(near: list[Path], name: str) -> Path | None:

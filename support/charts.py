@@ -15,7 +15,6 @@ from .errors import UserError
 from .files import new_path, replacing, write_csv
 from .pictures import join, save_picture
 
-Row = dict[str, object]  # of a table, by column
 Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
 
 
@@ -40,12 +39,12 @@ class Chart:
 @dataclass
 class Result:  # of a study
     figure: list[Image.Image | Chart]  # from top to bottom
-    rows: list[Row]
+    rows: list[dict]  # of the table, by column
     folder: Path = Path("runs/analysis")  # where it is kept unless --out says otherwise
     notes: Sequence[str] = ()  # how to read the table, printed below it
 
 
-def curves(rows: Sequence[Row], by: str, x: str, y: str) -> Curves:
+def curves(rows: Sequence[dict], by: str, x: str, y: str) -> Curves:
     """y over x from a table, a curve for each value in the column `by`; rows without x or y are left out."""
     found: dict[str, list] = {}
     for row in rows:
@@ -103,7 +102,7 @@ def draw_panel(ax, panel: Panel) -> None:
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1)
 
 
-def table(rows: Sequence[Row], digits: int = 4) -> list[list[str]]:
+def table(rows: Sequence[dict], digits: int = 4) -> list[list[str]]:
     """A table's cells, its header first: every column that some row has; None as an empty cell."""
 
     def cell(value: object) -> str:
@@ -115,7 +114,7 @@ def table(rows: Sequence[Row], digits: int = 4) -> list[list[str]]:
     return [header, *([cell(row.get(column)) for column in header] for row in rows)]
 
 
-def aligned(rows: Sequence[Row]) -> list[str]:
+def aligned(rows: Sequence[dict]) -> list[str]:
     """A table as lines of text."""
     cells = table(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -152,7 +151,7 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     return figure, missing
 
 
-def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[Row]):
+def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[dict]):
     """A page of a report on A4: how to read a study, its figure, its table as far as it fits."""
     width, height, margin, lines = 8.27, 11.69, 0.06, textwrap.wrap(text, 105)  # inches; a share of them
     page, wide, top = new_figure(width, height), 1 - 2 * margin, 0.92 - 0.0155 * len(lines)

@@ -1,5 +1,6 @@
 """A training run from its settings to its last sample grid."""
 
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor
 
 from . import runs
-from .defaults import default_network
 from .errors import UserError, note
 from .files import digest
 from .loader import Loader
 from .machine import MachineSettings, get_device, to_device
-from .processes import Processes, join_processes
+from .processes import join_processes
 from .settings import Command
 from .trainer import Trainer, TrainingSettings
 
@@ -35,6 +35,26 @@ class Task:
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
     use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
     used_by: str | None = None  # the script that they are flags of, if not the one that trains
+
+
+def default_network(image_size: int, narrow: bool = False) -> dict:
+    """Network, batch size and learning rate that suit an image size in pixels (measured: docs/tuning.md).
+
+    `narrow` is for simple images such as digits, which need less width at full resolution.
+    """
+    if image_size <= 16:  # 1.0 M parameters
+        return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=16, lr=2e-3)
+    if image_size <= 32 and narrow:  # 2.7 M, or where 8 does not divide the size, 1.3 M
+        deep = dict(multipliers=[1, 2, 4, 8], attention=[2, 3])
+        shape = dict(multipliers=[1, 2, 6], attention=[2]) if image_size % 8 else deep
+        return dict(width=16, blocks=1, batch_size=32, lr=2e-3, **shape)
+    if image_size <= 32:  # 4.0 M
+        return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
+    if image_size <= 64:  # 16 M
+        return dict(width=48, multipliers=[1, 2, 4, 6], blocks=1, attention=[2, 3], batch_size=64, lr=5e-4)
+    levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels
+    multipliers, attention = [1] * (levels - 4) + [2, 2, 3, 4], [levels - 2, levels - 1]
+    return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
 def load_data(command: Command, get_data: Callable, narrow: bool):
@@ -125,11 +145,3 @@ def check_shares(processes: int, training: TrainingSettings, images: int) -> Non
     if parts > batch // processes:
         each = "" if processes == 1 else f" for each of {processes} processes"
         raise UserError(f"--accumulate {parts} parts of {batch // processes} images{each}: ask for fewer")
-
-
-def join_sampling(device: torch.device, output: runs.OutputSettings) -> Processes:
-    """The processes that sample; UserError where there are several and no --out, which they need."""
-    processes = join_processes(device)
-    if processes.count > 1 and not output.out:
-        raise UserError("several processes sample into a folder: add --out DIR")
-    return processes

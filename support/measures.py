@@ -8,7 +8,6 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from .errors import UserError
-from .images import to_x_0
 
 BANDS = {"low": (0.0, 0.125), "middle": (0.125, 0.25), "high": (0.25, 1.0)}  # cycles per pixel
 YCBCR = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]  # of RGB (JPEG)
@@ -101,14 +100,6 @@ def quality(features: Tensor, real: Tensor) -> dict[str, float]:
     same_size = real[: len(features)]  # Kynkäänniemi et al. 2019, eq. 1 and 2, of sets of one size
     precision, recall = manifold_coverage(features, same_size), manifold_coverage(same_size, features)
     return {"frechet": frechet_distance(features, real), "precision": precision, "recall": recall}
-
-
-def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; both (n,)"""
-    parts = (to_x_0(part).flatten(1) / 2 for part in cloud.split(4096))  # few are made float at once
-    apart = torch.cat([torch.cdist(x.flatten(1) / 2, part) for part in parts], dim=1) / x[0].numel() ** 0.5
-    # skip = 1 where x is part of the cloud, and each image is its own nearest
-    return tuple(found[:, -1] for found in apart.topk(min(1 + skip, len(cloud)), largest=False))
 
 
 def diversity(x: Tensor, y: Tensor) -> float | None:

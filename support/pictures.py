@@ -25,7 +25,13 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
     height, width = x.shape[-2:]
     zoom = max(1, round(64 / max(height, width)))
     cell_w, cell_h = width * zoom + GAP, height * zoom + GAP
-    left = row_label_width(rows, cell_h)
+
+    def fits(width: int) -> bool:  # beside the rows, each of whose labels then takes no more than its row
+        wrapped = [wrap(row, width) for row in rows]
+        narrow = all(FONT.getlength(line) <= width for lines in wrapped for line in lines)
+        return narrow and LINE * max(map(len, wrapped)) <= cell_h
+
+    left = 8 + next(filter(fits, range(20, 10**5, 10))) if any(rows) else 0
     lines = wrap(caption, left + columns * cell_w - 2 * GAP)
     span = columns * cell_w // max(1, len(heads))  # pixels under one head
     head_lines = [wrap(head, span) for head in heads]
@@ -46,17 +52,6 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         grid.paste(picture, (left + GAP + i % columns * cell_w, top + i // columns * cell_h))
     return grid
-
-
-def row_label_width(rows: Sequence[str], height: int) -> int:
-    """The pixels needed beside rows of that height for the longest of their labels; 0 without labels."""
-
-    def fits(width: int) -> bool:
-        wrapped = [wrap(row, width) for row in rows]
-        narrow = all(FONT.getlength(line) <= width for lines in wrapped for line in lines)
-        return narrow and LINE * max(map(len, wrapped)) <= height
-
-    return 8 + next(filter(fits, range(20, 10**5, 10))) if any(rows) else 0
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -1,7 +1,4 @@
-"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32.
-
-A folder holds config.json and weights, .safetensors or .bin, of a network that is our UNet under other names.
-"""
+"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32, our UNet under other names."""
 
 import os
 import re

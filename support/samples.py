@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import note
+from .errors import UserError, note
 from .files import new_path, replacing
 from .images import read_images, to_pictures
 from .machine import progress
@@ -24,6 +24,8 @@ class Plan:
     """What --sample draws and where it goes; image i has condition i modulo the number of `names`."""
 
     def __init__(self, config: dict, output, batch_size: int | None, made_with: str, processes, names=()):
+        if processes.count > 1 and not output.out:
+            raise UserError("several processes sample into a folder: add --out DIR")
         self.output, self.batch_size, self.made_with = output, batch_size or 64, made_with
         self.processes, self.names = processes, names
         self.shape = (config["channels"], config["image_size"], config["image_size"])

@@ -8,12 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (230, 30, 30),
-    "green": (20, 170, 40),
-    "blue": (40, 70, 240),
-    "yellow": (250, 220, 20),
-    "purple": (150, 40, 190),
-    "orange": (250, 135, 10),
+    **{"red": (230, 30, 30), "green": (20, 170, 40), "blue": (40, 70, 240)},
+    **{"yellow": (250, 220, 20), "purple": (150, 40, 190), "orange": (250, 135, 10)},
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 STAR = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate((1, 0.42) * 5)]

@@ -33,9 +33,9 @@ from ddpm import Diffusion
 from ddpm_conditional import cfg
 from modules import EMA, ConditionalUNet, UNet
 from support import machine
-from support.defaults import default_network
 from support.errors import run_main
 from support.images import to_x_0
+from support.launch import default_network
 from support.loader import Loader
 from support.machine import MachineSettings, to_device
 from support.trainer import CHECK_EVERY

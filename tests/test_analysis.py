@@ -256,12 +256,12 @@ def test_diversity_saturation_and_nearest_images():
     share = ((bytes_ == 0) | (bytes_ == 255)).mean()
     assert measures.saturation(torch.linspace(-1, 1, 4001)[None]) == pytest.approx(share, abs=1e-3)
     cloud = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 2)  # 0, 0.2, 1
-    distance, index = measures.nearest_images(to_x_0(cloud[2:]) - 0.2, cloud)
+    distance, index = analysis.nearest_images(to_x_0(cloud[2:]) - 0.2, cloud)
     assert distance.item() == pytest.approx(0.1) and index.tolist() == [2]
-    distance, index = measures.nearest_images(to_x_0(cloud), cloud, skip=1)
+    distance, index = analysis.nearest_images(to_x_0(cloud), cloud, skip=1)
     assert index.tolist() == [1, 0, 1] and distance.tolist() == pytest.approx([0.2, 0.2, 0.8])
     many = torch.randint(0, 256, (9000, 1, 2, 2), dtype=torch.uint8, generator=generator(0))
-    distance, index = measures.nearest_images(to_x_0(many[[5, 4500, 8999]]), many)  # in three parts
+    distance, index = analysis.nearest_images(to_x_0(many[[5, 4500, 8999]]), many)  # in three parts
     assert torch.equal(many[index], many[[5, 4500, 8999]]) and distance.max() < 1e-3
 
 

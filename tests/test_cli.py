@@ -16,9 +16,9 @@ from PIL import Image
 import ddpm
 import ddpm_conditional
 from modules import UNet
-from support.defaults import default_network
 from support.files import new_path
 from support.images import image_files, to_uint8
+from support.launch import default_network
 from support.pictures import make_grid
 from support.settings import flag, rows_of
 

@@ -231,7 +231,7 @@ def test_views_are_orthogonal_and_can_be_undone(name, shape):
     assert torch.equal(matrix @ matrix.T, torch.eye(numbers))
     assert torch.equal(view.undo(torch.eye(numbers).view(numbers, *shape)).flatten(1), matrix.T)
     assert not torch.equal(matrix, torch.eye(numbers))
-    assert operators.is_isometry(view, shape)
+    assert edit.is_isometry(view, shape)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_views_are_orthogonal_and_can_be_undone(name, shape):
     ],
 )
 def test_other_views_are_no_isometry(view):
-    assert not operators.is_isometry(view, SQUARE)
+    assert not edit.is_isometry(view, SQUARE)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "pndm", "dpm_solver"])
@@ -352,7 +352,7 @@ def test_coarse_parameterisations_are_coarse_and_can_be_optimised():
 )
 def test_a_measurement_and_its_pseudo_inverse(problem, shape, options):
     """Penrose's four conditions, and the projection of DDNM: A x = y, and the rest of x is unchanged."""
-    measurement = operators.PROBLEMS[problem](shape, **options)
+    measurement = edit.PROBLEMS[problem](shape, **options)
     n = math.prod(shape)
     A = measurement.A(torch.eye(n).view(n, *shape)).flatten(1).T  # (m, n)
     m = len(A)
@@ -390,7 +390,7 @@ def first_pixel():
     """The measurement of the first of two pixels, and what it gave: inpainting, as DDNM sees it."""
     keep = torch.tensor([1.0, 0.0], dtype=torch.float64).view(1, 1, 1, 2)
     y = torch.full((1, 1, 1, 2), KNOWN, dtype=torch.float64) * keep
-    return operators.Measurement(lambda x: x * keep, lambda y: y * keep), y
+    return edit.Measurement(lambda x: x * keep, lambda y: y * keep), y
 
 
 def test_restoring_has_the_mean_of_its_recursion():
