@@ -31,7 +31,7 @@ from support.launch import Task
 from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling, to_device
 from support.measures import psnr
-from support.pictures import save_grid
+from support.pictures import make_grid, save_picture
 from support.samples import Plan
 from support.settings import COUNT, POSITIVE, Command, parse, real, rows_of, setting, settings, whole
 from support.trainer import Trainer, TrainingSettings
@@ -380,7 +380,7 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
         eps_theta = diffusion.denoiser(net)
         x_0 = sample(diffusion, eps_theta, numbers, shape, settings, config["seed"], device)
         caption = f"{config['dataset']}, epoch {epoch}, {settings.sampler} {settings.sample_steps} steps"
-        save_grid(path, x_0, caption)
+        save_picture(make_grid(x_0, caption), path)
 
     return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images)
 
@@ -421,7 +421,7 @@ def single_step(command: Command, data: utils.Data, device: torch.device) -> Tas
         trained = f"{config['dataset']}, trained at sigma {config['sigma']:g}, epoch {epoch}"
         heads, rows = [f"{s}: {dB}" for s, _, dB in levels], ["noisy", "denoised"] * shown
         x, caption = torch.stack(found, 1).flatten(0, 1), f"{trained}; sigma: PSNR in dB"
-        save_grid(path, x, caption, len(SIGMAS), rows, heads)
+        save_picture(make_grid(x, caption, len(SIGMAS), rows, heads), path)
 
     net, loss, use = make_network(config), partial(denoiser_loss, config["sigma"]), ("denoise",)
     images = data.images[trained_on]

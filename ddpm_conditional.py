@@ -29,7 +29,7 @@ from support.images import to_x_0
 from support.launch import Task
 from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling
-from support.pictures import save_grid
+from support.pictures import make_grid, save_picture
 from support.samples import Plan
 from support.settings import COUNT, Command, listed, parse, real, rows_of, setting, settings
 from support.text import CONDITIONS, ConditionSettings, conditions
@@ -204,7 +204,7 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
         eps_theta = guided_denoiser(diffusion, net, y, scale, guidance)
         x_0 = ddpm.sample(diffusion, eps_theta, numbers, shape, settings, config["seed"], device)
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
-        save_grid(path, x_0, caption, columns, rows=names)
+        save_picture(make_grid(x_0, caption, columns, rows=names), path)
 
     loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])
     return Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep)
@@ -226,7 +226,7 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
         rows, x_t = [f"t = {t}: {share:.1%}" for t, share, _ in found], torch.cat([x_t for *_, x_t in found])
         tqdm.write(f"epoch {epoch}: accuracy at {', '.join(rows)}")
         caption = f"{name}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
-        save_grid(path, x_t, caption, len(x_t) // len(rows), rows)
+        save_picture(make_grid(x_t, caption, len(x_t) // len(rows), rows), path)
 
     net = make_network({**config, "kind": "classifier", "class_names": data.class_names})
     use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")

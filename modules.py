@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.errors import UserError
-from support.settings import COUNT, real, rows_of, setting, settings, whole
+from support.settings import COUNT, real, setting, settings, whole
 from support.text import END, PAD
 
 
@@ -103,22 +103,6 @@ class Attention(nn.Module):
         return x + self.out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Sequential):
-    """Halve H and W by a strided convolution, padded as TensorFlow's "SAME" pads: right and bottom by one."""
-
-    def __init__(self, channels: int):
-        conv = init_layer(nn.Conv2d(channels, channels, 3, stride=2))
-        super().__init__(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
-
-
-class Upsample(nn.Sequential):
-    """Double H and W by repeating pixels, then convolve."""
-
-    def __init__(self, channels: int):
-        conv = init_layer(nn.Conv2d(channels, channels, 3, padding=1))
-        super().__init__(OrderedDict(nearest=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
-
-
 class UNetBlock(nn.Module):
     """A residual block, followed by attention where the level has it; (B, c_in, H, W) -> (B, c_out, H, W)."""
 
@@ -178,7 +162,9 @@ class Encoder(nn.Module):
                 self.skip_channels.append(c)
             self.down.append(stack)
             if level < len(multipliers) - 1:
-                self.downsample.append(Downsample(c))
+                # halves H and W; padded as TensorFlow's "SAME" pads, right and bottom by one
+                conv = init_layer(nn.Conv2d(c, c, 3, stride=2))
+                self.downsample.append(nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv)))
                 self.skip_channels.append(c)
         self.middle = nn.ModuleList([self.block(c, c, attention=True), self.block(c, c, attention=False)])
 
@@ -226,7 +212,8 @@ class UNet(Encoder):
                 c = c_out
             self.up.append(stack)
             if level > 0:
-                self.upsample.append(Upsample(c))
+                repeat, conv = nn.Upsample(scale_factor=2.0), init_layer(nn.Conv2d(c, c, 3, padding=1))
+                self.upsample.append(nn.Sequential(OrderedDict(nearest=repeat, conv=conv)))
 
         out = nn.Conv2d(c, self.conv_in.in_channels, 3, padding=1)
         self.norm_out, self.conv_out = group_norm(c), init_layer(out, zero=True)
@@ -359,7 +346,7 @@ def make_network(config: dict) -> nn.Module:
     elif kind == "ddpm_conditional":
         make = partial(ConditionalUNet, len(config["class_names"]))
     try:
-        return make(**{name: config[name] for name in ("channels", *rows_of(NetworkSettings))})
+        return make(**{name: config[name] for name in ("channels", *vars(NetworkSettings()))})
     except ValueError as error:
         raise UserError(f"no network can be made of these settings: {error}") from None
 

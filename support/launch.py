@@ -112,20 +112,20 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     if resume:
         wanted = runs.checkpoint_file(place.resume).parent
         runs.check_resumable(place.resume, resume, keep, training.epochs, loader.batches)
-    run = runs.open_run(wanted, resume is not None, config, processes)
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     several = f", {processes.count} processes" if processes.count > 1 else ""
     print(f"data     {dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}")
-    print(f"network  {parameters:.2f} M parameters, on {device}{several}\nresults  in {run}/")
+    print(f"network  {parameters:.2f} M parameters, on {device}{several}")
+    with runs.open_run(wanted, resume is not None, config, processes) as run:
+        print(f"results  in {run}/")
 
-    def preview(net: torch.nn.Module, epoch: int) -> None:
-        task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
+        def preview(net: torch.nn.Module, epoch: int) -> None:
+            task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
-    trainer = Trainer(net, task.average, loader, run, training, machine, preview)
-    trainer.keep = {"kind": task.kind, **keep}
-    if resume:
-        trainer.resume(resume)
-    with runs.resumable(run):
+        trainer = Trainer(net, task.average, loader, run, training, machine, preview)
+        trainer.keep = {"kind": task.kind, **keep}
+        if resume:
+            trainer.resume(resume)
         train(task.loss, trainer)
     if processes.rank > 0:
         return

@@ -82,8 +82,3 @@ def save_picture(picture: Image.Image, path: Path, **options) -> Path:
     with replacing(path) as file:
         picture.save(file, format=path.suffix[1:].upper(), **options)
     return path
-
-
-def save_grid(path: Path, *grid, **options) -> None:
-    """Write a grid, made by make_grid(*grid, **options)."""
-    save_picture(make_grid(*grid, **options), path)

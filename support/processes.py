@@ -62,9 +62,7 @@ class Processes:
             self.barrier()
 
 
-TIMEOUT = timedelta(
-    hours=2
-)  # how long the others wait for the first process, which decodes and draws previews
+TIMEOUT = timedelta(hours=2)  # the others wait so long for the first one, which decodes and draws previews
 
 
 def join_processes(device: torch.device) -> Processes:

@@ -1,6 +1,5 @@
 """Run folders: checkpoints that never run code, logs, and folders of samples that are never mixed."""
 
-import io
 import json
 import os
 import pickle
@@ -34,24 +33,11 @@ class OutputSettings:
     sample: int | None = setting(None, "draw N images instead of training", "N", COUNT, sample=True)
     checkpoint: str | None = setting(None, "run's folder, or published weights", "RUN", sample="only")
     out: str | None = setting(None, "directory for one PNG per image, for FID tools", "DIR", sample="only")
-    animate: bool = setting(False, "also write a GIF of the denoising", sample="only")
+    animate: bool = setting(False, "also write a GIF of the way from noise to images", sample="only")
 
 
 CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
 ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples")  # what a checkpoint holds beside settings
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a checkpoint in one step; UserError where that fails, and the previous one is still whole."""
-    buffer = io.BytesIO()  # torch.save straight to a full disk may abort the process
-    torch.save(checkpoint, buffer)
-    try:
-        with replacing(path) as file:
-            file.write(buffer.getbuffer())
-    except OSError as error:
-        left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
-        why = f"can't write {path}: {error.strerror}; {left}"
-        raise UserError(f"{why}: make room, or choose another --runs") from None
 
 
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
@@ -129,20 +115,6 @@ def command_line(*flags: object, script: str | None = None) -> str:
     return shlex.join(["python", str(path), *map(str, flags)])
 
 
-def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) -> Path:
-    """The folder of a run, with its config.json: for a new run the one wanted, or the next free name."""
-    run = new_path(wanted) if wanted.exists() and not resumed else wanted
-    if processes.count > 1:
-        run = processes.broadcast(run)
-    if run != wanted:
-        note(f"{wanted} exists and stays as it is: this run goes to {run}")
-    if processes.rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        with replacing(run / "config.json") as file:
-            file.write(json.dumps(config, indent=2).encode())
-    return run
-
-
 def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:
     """UserError unless a run can go on: from its own ckpt.pt, with the data in `keep`, not past its end."""
     if checkpoint_file(path).name != "ckpt.pt":
@@ -156,10 +128,22 @@ def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_ep
 
 
 @contextmanager
-def resumable(run: Path) -> Iterator[None]:
-    """Print the command that goes on with a run where a signal or the end of another process stops it."""
+def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) -> Iterator[Path]:
+    """The folder of a run, with its config.json: for a new run the one wanted, or the next free name.
+
+    Where a signal or the end of another process stops the run, its user is told how to go on with it.
+    """
+    run = new_path(wanted) if wanted.exists() and not resumed else wanted
+    if processes.count > 1:
+        run = processes.broadcast(run)
+    if run != wanted:
+        note(f"{wanted} exists and stays as it is: this run goes to {run}")
+    if processes.rank == 0:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        with replacing(run / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode())
     try:
-        yield
+        yield run
     except Stopped:
         print(f"stopped and saved; go on with\n  {command_line('--resume', run)}", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Container, Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import NoReturn
 
@@ -22,26 +22,27 @@ from .errors import UserError
 OURS = ("of", "resume", "sample", "default")  # what of a field's metadata is not argparse's
 
 
-def setting(default: object, help: str, metavar=None, type=None, **metadata) -> Field:
+def setting(default: object, help: str, metavar=None, type=None, of="", **metadata) -> Field:
     """A field of a settings dataclass: its default, its line of --help, and the metadata above."""
     make = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     given = {key: value for key, value in (("metavar", metavar), ("type", type)) if value is not None}
-    return field(**make, metadata={"help": help, **given, **metadata})
+    return field(**make, metadata={"help": help, "default": default, "of": of.split(), **given, **metadata})
 
 
-def settings(**common) -> Callable[[type], type]:
+def settings(of: str = "", **common) -> Callable[[type], type]:
     """A dataclass of settings, with metadata that all its fields have."""
-    return lambda group: setattr(group, "COMMON", common) or dataclass(group)
+
+    def make(group: type) -> type:
+        for row in fields(group := dataclass(group)):
+            row.metadata = {**common, **row.metadata, "of": of.split() + row.metadata["of"]}
+        return group
+
+    return make
 
 
 def rows_of(group: type) -> dict[str, dict]:
     """The metadata of each field of a settings dataclass, and its default, by name."""
-    common, rows = getattr(group, "COMMON", {}), {}
-    for row in fields(group):
-        of = f"{common.get('of', '')} {row.metadata.get('of', '')}"
-        default = row.default if row.default_factory is MISSING else row.default_factory()
-        rows[row.name] = {**common, **row.metadata, "of": of.split(), "default": default}
-    return rows
+    return {row.name: dict(row.metadata) for row in fields(group)}
 
 
 def flag(name: str) -> str:
@@ -60,11 +61,11 @@ WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width
 PLAIN = {"formatter_class": WIDE, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
 
 
-def add_settings(parser: argparse.ArgumentParser, groups: dict[str, type]) -> None:
+def add_settings(parser: Parser, groups: dict[str, type]) -> None:
     """Add a flag for each field of the dataclasses, {title: dataclass}, with its default in its help."""
     for title, group in groups.items():
         add = parser.add_argument_group(title).add_argument
-        for name, row in rows_of(group).items():
+        for name, row in ((row.name, row.metadata) for row in fields(group)):
             options, default = {key: value for key, value in row.items() if key not in OURS}, row["default"]
             owners = [choice.split("=") for choice in row["of"] if not choice.startswith("task=diffusion")]
             belongs = [f"--{owner} {name}: " for owner, name in owners]
@@ -87,9 +88,9 @@ def parse(description: str, groups: dict[str, type]) -> "Command":
 
 def make_command(typed: dict[str, object], groups: Iterable[type]) -> "Command":
     """The settings that were typed, as an object of each dataclass."""
-    rows = {group: rows_of(group) for group in groups}
-    made = [group(**{name: typed[name] for name in own if name in typed}) for group, own in rows.items()]
-    return Command(made, set(typed), {name: row for own in rows.values() for name, row in own.items()})
+    own = {group: {row.name: row.metadata for row in fields(group)} for group in groups}
+    made = [group(**{name: typed[name] for name in rows if name in typed}) for group, rows in own.items()]
+    return Command(made, set(typed), {name: row for rows in own.values() for name, row in rows.items()})
 
 
 @dataclass

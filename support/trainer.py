@@ -1,5 +1,6 @@
 """The training loop around a loss: all of it but the loss."""
 
+import io
 import math
 import sys
 import time
@@ -12,23 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from .errors import Stopped, UserError, first_line, stop_on_signal
+from .files import replacing
 from .generators import BatchShare, Generators
 from .loader import Loader
 from .machine import MachineSettings, compile_forward, recompute_activations, use_bf16
-from .runs import log_rows, save_checkpoint
+from .runs import log_rows
 from .settings import COUNT, POSITIVE, real, setting, settings, whole
 
 CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the device
 SAVE_SECONDS = 600  # within a long epoch, save this often
 MACHINE, LOG = MachineSettings(), ("step", "loss", "lr", "images_per_second", "seconds")
-EPOCHS = "default: digits 20, 30 if conditional; shapes and the denoiser 5; else 80"
 BATCH, QUARTER = "default: by image size; with --sample 64", "default: a quarter of the run"
 RECOMPUTE = "compute activations again in the backward pass: less memory, a third more time"
 
 
 @settings()
 class TrainingSettings:
-    epochs: int | None = setting(None, f"passes over the data ({EPOCHS})", "N", COUNT, resume=True)
+    epochs: int | None = setting(
+        None, "passes over the data (default: by data set and task, 5 to 80)", "N", COUNT, resume=True
+    )
     batch_size: int | None = setting(None, f"images at once ({BATCH})", "N", COUNT, sample=True)
     lr: float | None = setting(None, "peak learning rate of AdamW (default: by image size)", "RATE", POSITIVE)
     warmup: int = setting(200, "steps of linear warm-up, at most a tenth of the run", "STEPS", whole(0))
@@ -185,7 +188,7 @@ class Trainer:
         self.pending.clear()
 
     def save(self) -> None:
-        """Write ckpt.pt."""
+        """Write ckpt.pt in one step; UserError where that fails, and the previous one is still whole."""
         if self.pending:
             self.check_losses()
         self.saved_at = time.monotonic()
@@ -196,7 +199,15 @@ class Trainer:
         parts = {"net": self.weights, "ema": self.ema.net, "optimizer": self.optimizer}
         place = {"epoch": self.steps // self.loader.batches, "step": self.steps, "loss_sum": self.loss_sum}
         state = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(self.run / "ckpt.pt", {**self.keep, **state, **place, "rng": rng})
+        path, buffer = self.run / "ckpt.pt", io.BytesIO()  # torch.save to a full disk may abort the process
+        torch.save({**self.keep, **state, **place, "rng": rng}, buffer)
+        try:
+            with replacing(path) as file:
+                file.write(buffer.getbuffer())
+        except OSError as error:
+            left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
+            why = f"can't write {path}: {error.strerror}; {left}"
+            raise UserError(f"{why}: make room, or choose another --runs") from None
 
     def resume(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, bit for bit on the CPU; UserError where it does not fit."""

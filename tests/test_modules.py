@@ -12,11 +12,9 @@ from modules import (
     Attention,
     Classifier,
     ConditionalUNet,
-    Downsample,
     ResidualBlock,
     TextUNet,
     UNet,
-    Upsample,
     group_norm,
     timestep_embedding,
 )
@@ -140,9 +138,9 @@ def test_attention_is_softmax_over_positions():
 
 def test_downsample_pads_as_tensorflow_does():
     """Output pixel (i, j) sees rows 2i..2i+2 and columns 2j..2j+2, zero beyond the right and bottom edge."""
-    down = randomized(Downsample(2))
-    x = torch.randn(1, 2, 4, 4)
-    padded = torch.zeros(1, 2, 5, 5)
+    down = randomized(UNet(1, width=4, multipliers=(1, 1), attention=()).downsample[0])
+    x = torch.randn(1, 4, 4, 4)
+    padded = torch.zeros(1, 4, 5, 5)
     padded[..., :4, :4] = x
     for i in range(2):
         for j in range(2):
@@ -152,8 +150,8 @@ def test_downsample_pads_as_tensorflow_does():
 
 
 def test_upsample_repeats_pixels_before_its_convolution():
-    up = randomized(Upsample(2))
-    x = torch.randn(1, 2, 3, 3)
+    up = randomized(UNet(1, width=4, multipliers=(1, 1), attention=()).upsample[0])
+    x = torch.randn(1, 4, 3, 3)
     repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     assert torch.allclose(up(x), F.conv2d(repeated, up.conv.weight, up.conv.bias, padding=1), atol=1e-6)
 
