@@ -371,9 +371,9 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
 
 def unconditional(command: Command, data: utils.Data, device: torch.device) -> Task:
     """A UNet that learns to denoise the images; previews always start from the same noise."""
-    settings, config = command[SamplerSettings], command.config()
-    diffusion, shape = make_diffusion(config), tuple(data.images.shape[1:])
-    settle_steps(settings, diffusion.T)
+    config, shape = command.config(), tuple(data.images.shape[1:])
+    diffusion = make_diffusion(config)
+    settings = settle_sampler(command, config, diffusion.T)
     numbers = range(64 if shape[-1] <= 32 else 16)
 
     def preview(net, epoch: int, path: Path) -> None:
@@ -469,21 +469,19 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
     return to_device(net, torch.device(device)).eval(), diffusion, config
 
 
-def settle_steps(settings: SamplerSettings, T: int) -> None:
-    """Settle the strides for T noise levels; UserError where more were asked for."""
+def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
+    """The sampler for T noise levels: that of the run in `config`, unless one or its options were typed.
+
+    UserError where more strides were asked for than there are noise levels.
+    """
+    settings, rows = command[SamplerSettings], command.rows
+    chosen = {name for name in rows if name == "sampler" or "sampler=" in " ".join(rows[name]["of"])}
+    if not command.typed & chosen and config.get("sampler") in SAMPLERS:
+        settings.sampler = config["sampler"]
     settings.sample_steps = settings.sample_steps or min(50, T)
     if settings.sample_steps > T:
         more = f"--sample-steps {settings.sample_steps} is more than the {T} noise steps of the network"
         raise UserError(f"{more}: ask for fewer")
-
-
-def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
-    """Settle the steps, and the sampler: that of the run's previews, unless one or its options were typed."""
-    settings, rows = command[SamplerSettings], rows_of(SamplerSettings)
-    chosen = {name for name in rows if name == "sampler" or "sampler=" in " ".join(rows[name]["of"])}
-    if not command.typed & chosen and config.get("sampler") in SAMPLERS:
-        settings.sampler = config["sampler"]
-    settle_steps(settings, T)
     return settings
 
 

@@ -182,15 +182,13 @@ def classifier_loss(diffusion, net, x_0: Tensor, y: Tensor, generator=None) -> T
 def conditional(command: Command, data: utils.Data, device: torch.device) -> Task:
     """A UNet that learns to denoise images given their labels or captions; previews have them as rows."""
     command[TaskSettings].condition = command["condition"] or ("text" if data.labels is None else "label")
-    config, settings, guidance = command.config(), command[SamplerSettings], command[GuidanceSettings]
-    diffusion, name = ddpm.make_diffusion(config), config["dataset"]
-    ddpm.settle_steps(settings, diffusion.T)
+    config, guidance, name = command.config(), command[GuidanceSettings], command["dataset"]
+    diffusion = ddpm.make_diffusion(config)
+    settings = ddpm.settle_sampler(command, config, diffusion.T)
     check_guidance(guidance, diffusion.T)
     y, names, y_shown, keep = CONDITIONS[config["condition"]](data, name)
     net = make_network({**config, "kind": "ddpm_conditional", "class_names": data.class_names, **keep})
-    if (
-        config["init"] and not command["resume"]
-    ):  # the averaged weights of an unconditional run; the rest is new
+    if config["init"] and not command["resume"]:  # averaged weights of an unconditional run; the rest is new
         unet, _, init = load_network(config["init"], kinds=("ddpm",))
         net.load_state_dict(unet.state_dict(), strict=False)
         print(f"init     from {config['init']}, epoch {init['epoch']}")
