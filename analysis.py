@@ -728,8 +728,8 @@ def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
 def samplers(settings: Settings, model: Model) -> Result:
     """The same starting noise through every sampler in 5 to T steps, and on other schedules.
 
-    From one noise the deterministic samplers all go to one picture, the better ones in fewer steps. DDPM adds
-    noise on the way and ends elsewhere, so for it only the quality counts.
+    From one noise the deterministic samplers all go to one picture, the better ones in fewer evaluations.
+    DDPM adds noise on the way and ends elsewhere, so for it only the quality counts.
     """
     evaluator, few = load_evaluator(settings.classifier, model), 8  # images that are compared one by one
     T, trained, plain = model.diffusion.T, model.config["schedule"], model.diffusion.denoiser(model.net)

@@ -164,10 +164,12 @@ def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[
         top -= tall + 0.015
     lines = aligned(rows)
     size = min(8.0, wide * width * 72 / (0.61 * max(1, *map(len, lines))))  # in points: as wide as fits
-    fit = int((top - 0.03) * height * 72 / (1.35 * size))
+    step = 1.15 * size / (72 * height)  # from line to line, as a share of the page
+    fit = int((top - 0.03) / step)
     if len(lines) > fit:
         lines = [*lines[: fit - 1], f"... and {len(lines) - fit + 1} rows more in the CSV"]
-    page.text(margin, top, "\n".join(lines), fontsize=size, family="monospace", va="top", linespacing=1.2)
+    for i, line in enumerate(lines):
+        page.text(margin, top - i * step, line, fontsize=size, family="monospace", va="top")
     return page
 
 
