@@ -64,7 +64,7 @@ class Diffusion:
 
         weighting = weighting or PLAIN_MSE[prediction]
         w = WEIGHTINGS.get(weighting, weighting)
-        # w weighs the error of eps; here is the weight of the error of the output. For a given x_t an error
+        # w weighs the error of eps; the loss needs a weight of the output's error. For a given x_t an error
         # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2; and with
         # d_v = signal d_eps - noise d_x_0 = d_eps / signal, so d_eps^2 = alpha_bar d_v^2.
         snr = self.snr[1:]
@@ -124,7 +124,7 @@ class Diffusion:
         return noise * x_t + signal * out  # from v (Salimans & Ho 2022, appendix D)
 
     def denoiser(self, net, y: Tensor | None = None):
-        """`eps_theta(x_t, t) -> eps` for a network of any prediction, its condition y closed over."""
+        """`eps_theta(x_t, t) -> eps` for a network of any prediction; it is called with the condition y."""
 
         def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
             return self.eps_from_output(x_t, net(x_t, t, y).to(x_t.dtype), t)
@@ -187,7 +187,7 @@ def ddpm(diffusion, eps_theta, x, timesteps, generator=None, variance="posterior
 
 
 def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float = 0.0) -> Tensor:
-    """From x_t to x_s, less its fresh noise, if x_t holds `eps` (DDIM, eq. 12; PNDM, the transfer part)."""
+    """From x_t to x_s without the fresh noise, if x_t holds `eps` (DDIM, eq. 12; PNDM, the transfer part)."""
     x_0 = (x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5  # "predicted x_0"
     return ab_s**0.5 * x_0 + max(0.0, 1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
 
@@ -285,7 +285,7 @@ SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "pndm": pndm, "dpm_solver": dpm_solver}
 VARIANCES = ("posterior", "beta")
 
 
-# Settings of the two, from which the command line is made; then clipping, and times quoted for T = 1000. ---
+# Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps, also with --prediction v (default: plain MSE on the prediction; p2 for shapes)"""
@@ -305,7 +305,7 @@ class DiffusionSettings:
 
 
 @settings(of="task=diffusion", resume=True, sample=True)
-class SamplerSettings:  # of the previews of training, too
+class SamplerSettings:  # also of the previews while training
     sampler: str = setting("ddim", f"sampler: %(choices)s {OF_RUN}", "NAME", choices=SAMPLERS)
     sample_steps: int | None = setting(None, "strides from t = T to 0 (default: 50, at most T)", "N", COUNT)
     eta: float = setting(0.0, "0 adds no fresh noise, 1 as much as DDPM", "E", real(0, 1), of="sampler=ddim")

@@ -75,7 +75,7 @@ def within(interval, inside, outside):
 
 
 def rescaled(diffusion, eps: Tensor, eps_c: Tensor, x_t: Tensor, t: Tensor, phi: float) -> Tensor:
-    """The guided eps, its x_0 given back the contrast of the conditional one; all (B, C, H, W), t (B,).
+    """The guided eps, with the contrast of the conditional x_0 restored in its x_0; all (B, C, H, W), t (B,).
 
     x_0 <- phi x_0 std(x_c) / std(x_0) + (1 - phi) x_0, the standard deviations over each image (Lin et al.
     2023, section 3.4, applied to x_0).
@@ -96,7 +96,7 @@ def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: floa
         with torch.enable_grad():  # samplers run without gradients
             x = x_t.detach().requires_grad_()
             log_p = F.log_softmax(classifier(x, t), dim=1).gather(1, y[:, None])  # (B, 1), log p(y | x_t)
-            gradient = torch.autograd.grad(log_p.sum(), x)[0]  # of a sum: each image gets its own gradient
+            gradient = torch.autograd.grad(log_p.sum(), x)[0]  # no term depends on another image
         _, noise = diffusion.scales(t, x_t)
         return eps_theta(x_t, t) - noise * scale * gradient  # eps_hat
         # End
@@ -127,7 +127,7 @@ THRESHOLD = "scale x_0 down by this quantile of its |x_0| where that is above 1,
 
 
 @settings(of="task=diffusion", resume=True, sample=True)
-class GuidanceSettings:  # of the previews of training, too
+class GuidanceSettings:  # also of the previews while training
     guidance_scale: list = setting([3.0], SCALE, "S", listed(real(0)))
     guidance_interval: list | None = setting(None, "guide only where LOW <= t <= HIGH", SPAN, COUNT, nargs=2)
     guidance_rescale: float = setting(0.0, RESCALE, "PHI", real(0, 1), of="guidance=cfg")

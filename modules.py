@@ -248,7 +248,7 @@ class PublishedUNet(UNet):
 
 
 class ConditionalUNet(UNet):
-    """The UNet told a label as well: `net(x_t, t, y) -> out`, y (B,) int64 of 0..num_classes - 1.
+    """The UNet conditioned on a label: `net(x_t, t, y) -> out`, y (B,) int64 of 0..num_classes - 1.
 
     y = num_classes is the null label, "no label" (Ho & Salimans 2022), and so is y = None. The embedding
     starts at zero: the network then is the UNet, bit for bit. The other arguments are the UNet's.
@@ -272,7 +272,7 @@ class ConditionalUNet(UNet):
 
 
 class TextUNet(UNet):
-    """The UNet told a caption, as in GLIDE (Nichol et al. 2021, section 4.1): `net(x_t, t, y) -> out`.
+    """The UNet conditioned on a caption (GLIDE, Nichol et al. 2021, section 4.1): `net(x_t, t, y) -> out`.
 
     y (B, L) int64 holds each caption's tokens, then END, then PAD; L is at most `max_tokens`, and tokens are
     below `vocabulary`. A transformer encodes them; the last one, END, is added to the time embedding, and all

@@ -62,7 +62,7 @@ def sigmoid(T: int) -> Tensor:
 
 
 def constant(T: int) -> Tensor:
-    """beta the same at every step, the mean of `linear`, which so ends with the same alpha_bar_T; -> (T,)."""
+    """beta the same at every step, the mean of `linear`'s; both end at the same alpha_bar_T; -> (T,)."""
     return scaled_betas(torch.full((T,), (1e-4 + 0.02) / 2, dtype=torch.float64))
 
 

@@ -87,7 +87,7 @@ def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
 
 
 def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
-    """The same of captions, as tokens (N, L) of the vocabulary of all of them."""
+    """The same for captions: their tokens (N, L), in a vocabulary made from all of them."""
     if data.captions is None:
         cure = "choose another --dataset" if data.labels is None else "train it with --condition label"
         raise UserError(f"data set {name} has no captions: {cure}")
