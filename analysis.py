@@ -224,7 +224,8 @@ def chosen_levels(levels: Sequence[int] | None, default: Sequence[int], T: int) 
 
 
 def snr_label(diffusion: Diffusion, t: int) -> str:
-    return f"t = {t}, SNR {diffusion.snr[t].item():.2g}"
+    snr = diffusion.snr[t].item()
+    return f"t = {t}, SNR {snr:.0f}" if snr >= 100 else f"t = {t}, SNR {snr:.2g}"
 
 
 def in_batches(eps_theta, batch_size: int, bar):
@@ -399,7 +400,7 @@ def noise(settings: Settings, model: Model) -> Result:
 
 def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence[int]) -> list[Image.Image]:
     """A grid for each x (L, K, B, C, H, W): its first draw, and where there are several also their mean."""
-    grids, heads = [], [*(snr_label(diffusion, level) for level in reversed(levels)), "x_0"]
+    grids, heads = [], [*(snr_label(diffusion, t).replace(", ", "\n") for t in reversed(levels)), "x_0"]
     labels = [f"image {i + 1}" for i in range(len(x_0))]
     for name, x in shown.items():
         parts = {name: x[:, 0]}
@@ -496,7 +497,7 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
     def noised(x: Tensor, t: int, number: int = 1) -> Tensor:
         return diffusion.noise_images(x, torch.full((len(x),), t), seeded_generator(seed, number))[0]
 
-    # Start
+    # Start: what the forward process leaves
     # (a) points, and the share of their neighbours that stay
     rows = {k: [cloud_picture(noised(x, t) if t else x) for t in (0, *shown)] for k, x in clouds.items()}
     kept = [np.mean([neighbours_kept(noised(x, t), x) for x in clouds.values()]) for t in times]
@@ -574,7 +575,7 @@ def weights(settings: Settings) -> Result:
     """
     panels, rows = [], []
     for schedule in settings.schedules:
-        # Start
+        # Start: weights of the VLB's terms, and of the error of eps
         diffusion = Diffusion(settings.noise_steps, schedule)
         snr, ho = diffusion.snr[1:], ho_weights(diffusion)  # (T,)
         # lambda' = lambda / (k + SNR)^gamma (P2, Choi et al. 2022); gamma = 0 is L_simple
@@ -614,7 +615,7 @@ def best_blur(x: Tensor, x_0: Tensor) -> tuple[Tensor, int, float]:
 
 def denoised(diffusion: Diffusion, models: Sequence[Model], x_0: Tensor, t: int, settings: Settings):
     """x_0 (B, C, H, W) noised to t, and denoised: {way: (B, C, H, W)}; and the kernel of the best blur."""
-    # Start (CS180, project 5)
+    # Start: denoising (CS180, project 5)
     generators = [seeded_generator(settings.seed, t, i) for i in range(len(x_0))]
     times = torch.full((len(x_0),), t)
     x_t, _ = diffusion.noise_images(x_0, times, generators)  # A 1.1
@@ -1003,6 +1004,9 @@ def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0
     # End
 
 
+PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
+
+
 @study("langevin_levels inner step point_epochs samples classifier batch_size", 0, 1)
 def score(settings: Settings, model: Model | None = None) -> Result:
     """Annealed Langevin dynamics beside ancestral sampling, for points in the plane and for images.
@@ -1044,7 +1048,7 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         if evaluator:
             rows.append({"data": model.path, "sampler": "real", "n": n, **quality(others, half)})
     seen = {name: {name: tuple(x.flatten(1).T.tolist())} for name, x in clouds.items()}
-    panels = [Panel(name, "", "", points, kind="points") for name, points in seen.items()]
+    panels = [Panel(name, *PLANE, points, kind="points") for name, points in seen.items()]
     figure = [Chart([*panels, *score_fields(diffusion, eps_theta)]), *pairs(grids)]
     return Result(figure, rows, model.folder if model else Result.folder)
 
@@ -1058,7 +1062,7 @@ def score_fields(diffusion: Diffusion, eps_theta) -> list[Panel]:
         field = -eps_theta(plane, times).flatten(1)
         arrows = (x, y, *(field / field.norm(dim=1, keepdim=True)).T)
         title = f"direction of the score, {snr_label(diffusion, t)}"
-        panels.append(Panel(title, "", "", {"score": tuple(c.tolist() for c in arrows)}, kind="arrows"))
+        panels.append(Panel(title, *PLANE, {"score": tuple(c.tolist() for c in arrows)}, kind="arrows"))
     return panels
 
 

@@ -63,11 +63,11 @@ def inpaint(diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generato
     hole agree with its surroundings; one part that is sampled once is replacement (Song et al. 2021, I.2).
     """
 
+    # Start: RePaint
     def eps_theta_inpainting(x_t: Tensor, t: Tensor) -> Tensor:
         known, _ = diffusion.noise_images(x_0, t, generator)  # eq. 8a: q(x_t | x_0), new noise at each t
         return eps_theta(torch.where(hole, x_t, known), t)  # eq. 8c
 
-    # Start: RePaint
     for timesteps, times in parts:
         for u in range(times):  # line 3
             x = sampler(diffusion, eps_theta_inpainting, x, timesteps, generator)  # lines 4 to 8

@@ -35,28 +35,22 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of an epoch from number `start` on: x_0 (B, C, H, W) in [-1, 1], and y (B, ...) or None."""
-        slices = self.slices(epoch, start)
-        for images, y, mirrored in slices if self.resident else ahead(slices):
+        generator, n, where = seeded_generator(self.seed, epoch), len(self.images), self.images.device
+        rank, count = self.processes.rank, self.processes.count
+        large, pin = self.images.numel() > MAPPED, not self.resident and self.device.type == "cuda"
+        order = self.shuffled(generator) if large else torch.randperm(n, generator=generator)
+        batches = order.to(where).split(self.batch_size)[start:]
+        mirrored = torch.rand(n, generator=generator).to(where) < 0.5
+        # Every process needs an image; one that has no share of a batch gets any, and gives it weight 0.
+        shares = (index[rank % len(index) :: count] for index in batches)
+        parts = [self.images, mirrored] if self.y is None else [self.images, mirrored, self.y]
+        slices = ([part[i].pin_memory() if pin else part[i] for part in parts] for i in shares)
+        for images, mirror, *y in slices if self.resident else ahead(slices):
             x_0 = to_x_0(images.to(self.device, non_blocking=True))
             if self.flip:
-                mirrored = mirrored.to(self.device, non_blocking=True)[:, None, None, None]
-                x_0 = torch.where(mirrored, x_0.flip(-1), x_0)
-            yield x_0, None if y is None else y.to(self.device, non_blocking=True)
-
-    def slices(self, epoch: int, start: int) -> Iterator[tuple[Tensor | None, ...]]:
-        """The images (B, C, H, W) uint8 of each batch, y or None, and which to mirror (B,), maybe pinned."""
-        generator = seeded_generator(self.seed, epoch)
-        large, n = self.images.numel() > MAPPED, len(self.images)
-        order = self.shuffled(generator) if large else torch.randperm(n, generator=generator)
-        order = order.to(self.images.device)
-        mirrored = torch.rand(n, generator=generator).to(self.images.device) < 0.5
-        pin = not self.resident and self.device.type == "cuda"
-        for i in range(start, self.batches):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            share = index[self.processes.rank :: self.processes.count]
-            index = share if len(share) else index[:1]  # every process needs an image; this one has weight 0
-            batch = (self.images[index], None if self.y is None else self.y[index], mirrored[index])
-            yield tuple(part.pin_memory() if pin and part is not None else part for part in batch)
+                mirror = mirror.to(self.device, non_blocking=True)[:, None, None, None]
+                x_0 = torch.where(mirror, x_0.flip(-1), x_0)
+            yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
         """The positions (N,) of the images of a large set in a random order, in stretches of its file.

@@ -34,7 +34,7 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
     left = 8 + next(filter(fits, range(20, 10**5, 10))) if any(rows) else 0
     lines = wrap(caption, left + columns * cell_w - 2 * GAP)
     span = columns * cell_w // max(1, len(heads))  # pixels under one head
-    head_lines = [wrap(head, span) for head in heads]
+    head_lines = [wrap(head, span - 2 * GAP) for head in heads]
     top = GAP + LINE * (len(lines) + max(map(len, head_lines), default=0))
     bottom = top + math.ceil(len(x) / columns) * cell_h
     grid = Image.new("RGB", (left + columns * cell_w + GAP, bottom + (GAP if lines else 0)), "white")
@@ -55,13 +55,16 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """`text` broken into lines that are at most `width` pixels wide (a single word may be wider)."""
+    """The lines of `text`, broken to be at most `width` pixels wide (a single word may be wider)."""
     lines = []
-    for word in text.encode("latin-1", "replace").decode("latin-1").split():  # what Pillow's own font has
-        if lines and FONT.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+    for line in text.encode("latin-1", "replace").decode("latin-1").splitlines():  # what Pillow's font has
+        first, *words = line.split() or [""]
+        lines.append(first)
+        for word in words:
+            if FONT.getlength(f"{lines[-1]} {word}") <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(word)
     return lines
 
 

@@ -44,14 +44,6 @@ class TrainingSettings:
     save_every: int = setting(1, "epochs between checkpoints", "N", COUNT, resume=True)
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: int) -> float:
-    """Linear warm-up (over at most a tenth of the run), then half a cosine from `peak` to 0 at `total`."""
-    warmup = min(warmup, total // 10)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
 class Trainer:
     """Batches to take a loss of, and gradient steps.
 
@@ -121,8 +113,12 @@ class Trainer:
         The generator of each part draws for the whole batch: the noise of an image depends on neither.
         """
         total, count = self.settings.epochs * self.loader.batches, self.processes.count
+        warmup = min(self.settings.warmup, total // 10)
+        rate = self.lr * (self.steps + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
+        if self.steps >= warmup:
+            rate = self.lr * 0.5 * (1 + math.cos(math.pi * (self.steps - warmup) / (total - warmup)))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.steps, total, self.lr, self.settings.warmup)
+            group["lr"] = rate
         self.optimizer.zero_grad()
         self.loss = torch.zeros((), device=x_0.device)
         share, before = range(batch)[self.processes.rank :: count], self.generator.get_state()

@@ -58,22 +58,22 @@ def imported(path):
 
 
 TRACE = """
-import sys, threading
+import sys
 sys.path.insert(0, {project!r})
 sys.argv = ["ddpm.py"]
 import torch, ddpm
 from support.trainer import Trainer
-seen, codes, depth = set(), set(), []
+ours, seen, codes, depth = {ours!r}, set(), set(), []
 
 def watch(frame, event, arg):
     code = frame.f_code
-    if event == "call" and code.co_filename.startswith({project!r}) and not code.co_name.startswith("<"):
+    if event == "call" and code.co_filename in ours and not code.co_name.startswith("<"):
         seen.add((code.co_filename, code.co_name))
         codes.add(code)
         if code.co_name == "loss" and not depth:
             calls = 0
             while frame.f_code.co_name != "main":
-                calls += frame.f_code.co_filename.startswith({project!r})
+                calls += frame.f_code.co_filename in ours
                 frame = frame.f_back
             depth.append(calls)
 
@@ -101,7 +101,7 @@ def trace(folder):
     A name counts once a file, so the `__init__` of all layers in modules.py is one. The third number counts
     each of them.
     """
-    code = TRACE.format(project=str(PROJECT))
+    code = TRACE.format(project=str(PROJECT), ours=set(map(str, SOURCES)))
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert "TRACE" in run.stdout, run.stderr
     count, depth, each = map(int, run.stdout.split("TRACE")[1].split()[:3])

@@ -20,7 +20,7 @@ from support import trainer
 from support.images import image_files
 from support.loader import Loader
 from support.machine import compile_forward
-from support.trainer import Trainer, TrainingSettings, learning_rate
+from support.trainer import Trainer, TrainingSettings
 
 
 def checkpoint(run="runs/ddpm_digits"):
@@ -193,12 +193,22 @@ def test_training_loop_serves_any_task(tmp_path):
         assert trained.bias.item() == pytest.approx(0.25, abs=0.02)
 
 
-def test_learning_rate():
-    rates = [learning_rate(step, 1000, 2.0, warmup=50) for step in range(1000)]
-    assert max(rates) == 2.0 and rates.index(2.0) == 50
-    assert rates[:51] == pytest.approx([2.0 * (k + 1) / 51 for k in range(51)])
-    assert rates[525] == pytest.approx(1.0) and 0 < rates[-1] < 1e-4
-    assert learning_rate(0, 1, 2.0, warmup=50) == 2.0  # a warm-up is at most a tenth of the run
+@pytest.mark.parametrize("steps", [1, 1000])
+def test_learning_rate(steps, tmp_path):
+    """A warm-up, of at most a tenth of the run, then half a cosine from the peak to 0."""
+    net, rates = torch.nn.Conv2d(1, 1, 1), []
+    loader = Loader(torch.zeros(steps, 1, 2, 2, dtype=torch.uint8), 1)
+    trainer = Trainer(net, EMA, loader, tmp_path, TrainingSettings(epochs=1, lr=2.0, warmup=50))
+
+    def loss_fn(net, x_0, y, generator):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return net(x_0).square().mean()
+
+    ddpm.train(loss_fn, trainer)
+    assert max(rates) == 2.0 and rates.index(2.0) == min(50, steps // 10)
+    if steps == 1000:
+        assert rates[:51] == pytest.approx([2.0 * (k + 1) / 51 for k in range(51)])
+        assert rates[525] == pytest.approx(1.0) and 0 < rates[-1] < 1e-4
 
 
 def test_checkpoints_hold_the_settings_of_the_run_alone(conditional):
