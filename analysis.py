@@ -986,13 +986,13 @@ def losses(settings: Settings, *models: Model) -> Result:
 def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0.3):
     """Annealed Langevin dynamics, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Song & Ermon 2019).
 
-    A sampler that uses only each level's score: of x_0 + sigma_t z, where sigma_t^2 = 1 / SNR, it is
-    -eps_theta / sigma_t. `inner` steps of size alpha_t = step sigma_t^2 at each level.
+    A sampler that uses only each level's score. That of z = x_0 + sigma_t eps, where sigma_t^2 = 1 / SNR, is
+    -eps_theta / sigma_t. `inner` steps at each level have the size step sigma_t^2, their alpha.
     """
     # Start: annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1)
     for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for each noise level
         sigma = ((1 - ab_t) / ab_t) ** 0.5
-        z = x / ab_t**0.5  # their coordinates, x_0 + sigma_t noise: a level begins as the one before ended
+        z = x / ab_t**0.5  # their coordinates: a level begins as the one before ended
         alpha = step * sigma**2  # line 3
         for _ in range(inner):  # line 4
             score = -eps_theta(z * ab_t**0.5, t) / sigma

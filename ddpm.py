@@ -3,7 +3,7 @@
 Read it from top to bottom with the papers open: DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), DDIM
 (Song et al. 2021, https://arxiv.org/abs/2010.02502), PNDM (Liu et al. 2022, https://arxiv.org/abs/2202.09778)
 and DPM-Solver++ (Lu et al. 2022, https://arxiv.org/abs/2211.01095). t runs 1..T as in DDPM; alpha_bar[0] = 1
-is the clean image.
+is the clean image. In formulas and names ab is short for alpha_bar.
 
     python ddpm.py                                            train on the embedded digits
     python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
@@ -170,9 +170,9 @@ def numbered_noise(numbers, shape, seed: int) -> tuple[Tensor, list[torch.Genera
 def ddpm(diffusion, eps_theta, x, timesteps, generator=None, variance="posterior"):
     """Ancestral sampling (Ho et al. 2020, Algorithm 2).
 
-    variance: sigma_t^2 = "beta", or the "posterior" beta_tilde = (1 - ab_s) / (1 - ab_t) beta (eq. 7), which
-    is the better one when a stride t -> s skips steps; beta_t and alpha_t are then those of the stride,
-    alpha_t = ab_t / ab_s.
+    variance: sigma_t^2 = "beta", or the "posterior" beta_tilde = (1 - ab_s) / (1 - ab_t) beta (eq. 7). For a
+    stride t -> s that skips steps, alpha_t = ab_t / ab_s and beta_t = 1 - alpha_t are those of the whole
+    stride, and the posterior is the better choice.
     """
     # Start: DDPM sampling (Algorithm 2; line 1, x_T ~ N(0, I), is in numbered_noise)
     for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for t = T, ..., 1
@@ -187,7 +187,7 @@ def ddpm(diffusion, eps_theta, x, timesteps, generator=None, variance="posterior
 
 
 def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float = 0.0) -> Tensor:
-    """From x_t to x_s without the fresh noise, if x_t holds `eps` (DDIM, eq. 12; PNDM, the transfer part)."""
+    """x_t with the noise `eps` in it -> x_s, no noise added yet (DDIM, eq. 12; PNDM, the transfer part)."""
     x_0 = (x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5  # "predicted x_0"
     return ab_s**0.5 * x_0 + max(0.0, 1 - ab_s - sigma**2) ** 0.5 * eps  # + "direction pointing to x_t"
 
@@ -221,8 +221,8 @@ ADAMS_BASHFORTH = {  # by the number of known eps, the newest first (PNDM, secti
 def pndm(diffusion, eps_theta, x, timesteps, generator=None, runge_kutta=False):
     """Pseudo linear multistep: a DDIM stride along an eps extrapolated from the last four (Liu et al. 2022).
 
-    It starts with fewer, or with `runge_kutta` with three pseudo Runge-Kutta strides of four evaluations each
-    (the paper's way). Deterministic: the generator is not used.
+    Its first three strides use the one to three eps that there are; with `runge_kutta` they are pseudo
+    Runge-Kutta strides of four evaluations each, as in the paper. Deterministic: the generator is not used.
     """
     # Start: PNDM sampling
     history = []  # the last eps, newest first
@@ -240,7 +240,7 @@ def pndm(diffusion, eps_theta, x, timesteps, generator=None, runge_kutta=False):
 def runge_kutta_eps(diffusion, eps_theta, x: Tensor, eps_1: Tensor, t: int, s: int) -> Tensor:
     """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t).
 
-    PNDM, section 3.3. The half step is (t + s + 1) // 2, and a stride that ends in 0 evaluates at 1: no
+    PNDM, section 3.3. The middle of the stride is rounded up, and a stride that ends in 0 evaluates at 1: no
     network was trained at t = 0.
     """
     half, end = (t + s + 1) // 2, max(s, 1)
@@ -259,8 +259,8 @@ def runge_kutta_eps(diffusion, eps_theta, x: Tensor, eps_1: Tensor, t: int, s: i
 def dpm_solver(diffusion, eps_theta, x, timesteps, generator=None):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2).
 
-    Exact in the linear part of the flow, second order in the change of x_0 over lambda = log(sqrt(ab) /
-    sqrt(1 - ab)). Deterministic: the generator is not used.
+    With lambda = log(sqrt(ab) / sqrt(1 - ab)) it is exact where the predicted x_0 does not change along the
+    flow, and of second order in lambda where it does. Deterministic: the generator is not used.
     """
 
     def log_snr_half(ab: float) -> float:
@@ -274,7 +274,7 @@ def dpm_solver(diffusion, eps_theta, x, timesteps, generator=None):
         D = x_0  # the first stride, and one that ends in 0, are of first order
         if x_0_before is not None and ab_s < 1:
             r = h_before / h
-            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before  # x_0 half a stride on, extrapolated
+            D = (1 + 1 / (2 * r)) * x_0 - 1 / (2 * r) * x_0_before  # x_0 in the middle of the stride
         x = ((1 - ab_s) / (1 - ab_t)) ** 0.5 * x - ab_s**0.5 * math.expm1(-h) * D  # the flow for constant D
         x_0_before, h_before = x_0, h
     return x
@@ -322,10 +322,10 @@ def make_sampler(settings: SamplerSettings):
 
 
 def clip_x_0(diffusion: Diffusion, eps_theta):
-    """The denoiser with its x_0 clipped to [-1, 1] and eps derived anew: the outermost wrapper.
+    """The denoiser with its x_0 clipped to [-1, 1], and eps derived from that x_0; wrapped around all others.
 
-    x_0 is computed from eps, so float32 rounds it by some 4e-7 / sqrt(alpha_bar_t): by up to 0.005, less
-    than a gray level, at t = T of the cosine schedule, by less than 2e-5 from the second of 50 strides on.
+    x_0 is computed from eps, and float32 rounds it, by at most 6e-7 / sqrt(alpha_bar_t). On the cosine
+    schedule that is 0.005 at t = T, less than a gray level, and 2e-5 from the second of 50 strides on.
     """
 
     def clipped(x_t: Tensor, t: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: floa
 
 
 def dynamic_threshold(diffusion, eps_theta, quantile: float):
-    """The denoiser, its x_0 clamped to [-s, s] and divided by s, s >= 1 being a quantile of its |x_0|.
+    """The denoiser, its x_0 clamped to [-s, s] and divided by s, a quantile of the image's |x_0|, at least 1.
 
     Where guidance drives many pixels out of [-1, 1], this keeps the differences between them, which clipping
     would remove (Imagen, Saharia et al. 2022, section 2.3). `quantile` in (0, 1].
@@ -160,7 +160,7 @@ def check_guidance(settings: GuidanceSettings, T: int | None = None) -> None:
 
 # Training: a conditional denoiser, or a noise-aware classifier. -------------------------------------------
 def conditional_loss(diffusion, null, p_uncond: float, net, x_0: Tensor, y: Tensor, generator=None) -> Tensor:
-    """The loss, each image's condition y (B, ...) dropped to null(y), the null condition, with p_uncond."""
+    """The loss; each condition y (B, ...) becomes null(y), the null condition, with probability p_uncond."""
     # Start: 2.b training step (Ho & Salimans 2022, Algorithm 1)
     # one network learns eps_c and, where the condition is dropped, eps_u
     coin = draw(torch.rand, (len(y),), y, generator)  # one for each image of the batch

@@ -59,8 +59,8 @@ def sdedit(diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Ten
 def inpaint(diffusion, sampler, eps_theta, x, parts, x_0, hole: Tensor, generator=None) -> Tensor:
     """x at the first timestep -> x_0 with its hole, bool (1, 1, H, W), filled (RePaint, Algorithm 1).
 
-    `parts` come from `segments`. A part that is sampled several times, and noised again in between, makes the
-    hole agree with its surroundings; one part that is sampled once is replacement (Song et al. 2021, I.2).
+    `parts` come from `segments`. A part that is sampled several times, noised again in between, lets the
+    hole agree with its surroundings. One part, sampled once, is replacement (Song et al., score SDE, I.2).
     """
 
     # Start: RePaint
@@ -185,7 +185,7 @@ PARAMETERISATIONS = {"pixels": pixels, "fourier": fourier, "low_rank": low_rank}
 
 
 def score_distillation(diffusion, eps_theta, parameters, steps, lr, generators, snapshot_steps=()):
-    """Images in whose noised versions the denoiser recognises the noise, on average over t.
+    """Images moved until the denoiser, on average over t, finds just the noise that was added to them.
 
     Adam along w(t) (eps_theta(x_t, t) - eps) dx/dtheta, w = 1 - alpha_bar (DreamFusion, Poole et al. 2023,
     eq. 3). -> (S, B, C, H, W), the images after each of `snapshot_steps` and after the last of the steps.

@@ -197,8 +197,8 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
-    The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level, each of which is
-    also given a skip. The arguments are the Encoder's.
+    The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level. Each block of the
+    way up also takes a skip. The arguments are the Encoder's.
     """
 
     def __init__(self, *encoder, **more):
@@ -316,7 +316,7 @@ class Classifier(Encoder):
     """p(y | x_t), a classifier that knows how noisy its image is: `net(x_t, t) -> logits` (B, num_classes).
 
     The UNet's way down and middle, averaged over the image (Dhariwal & Nichol 2021, section 4.3). The other
-    arguments are the UNet's.
+    arguments are the Encoder's.
     """
 
     def __init__(self, num_classes: int, *encoder, **more):

@@ -29,8 +29,8 @@ HERE = Path(__file__).resolve().parent  # the folder of the project
 # and tests then know it. It should
 # - work for every T >= 2. Published betas belong to T = 1000; `scaled_betas` multiplies them by 1000 / T, so
 #   that all T steps together add the same noise;
-# - leave little signal at T: alpha_bar_T <= 0.002. Sampling starts from pure noise, which a network that saw
-#   signal at T never saw in training. A schedule that leaves more signal gets a note when it is used.
+# - leave little signal at T: alpha_bar_T <= 0.002. Sampling starts from pure noise. If there is signal at T,
+#   the network was never trained on pure noise. Such a schedule gets a note when it is used.
 
 MAX_BETA = 0.999  # beta = 1 would leave no signal, and x_0 could not be read off x_t
 
@@ -62,7 +62,7 @@ def sigmoid(T: int) -> Tensor:
 
 
 def constant(T: int) -> Tensor:
-    """beta the same at every step, the mean of `linear`'s; both end at the same alpha_bar_T; -> (T,)."""
+    """beta the same at every step, the mean of `linear`'s, so alpha_bar_T is nearly the same; -> (T,)."""
     return scaled_betas(torch.full((T,), (1e-4 + 0.02) / 2, dtype=torch.float64))
 
 
@@ -74,7 +74,7 @@ def jsd(T: int) -> Tensor:
 def cosine(T: int) -> Tensor:
     """alpha_bar(u) = f(u) / f(0), f(u) = cos^2((u + s) / (1 + s) pi / 2), s = 0.008; -> (T,).
 
-    Less noise early and late than `linear` (Nichol & Dhariwal 2021, eq. 17).
+    alpha_bar changes little at both ends and falls in between (Nichol & Dhariwal 2021, eq. 17).
     """
     s = 0.008
     return betas_from_alpha_bar(lambda u: ((u + s) / (1 + s) * math.pi / 2).cos() ** 2, T)
