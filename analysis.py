@@ -581,7 +581,7 @@ def weights(settings: Settings) -> Result:
         # lambda' = lambda / (k + SNR)^gamma (P2, Choi et al. 2022); gamma = 0 is L_simple
         of_vlb = {f"P2, gamma {gamma:g}": ho * p2(snr, gamma, settings.k) for gamma in (0.0, 0.5, 1.0)}
         of_vlb = {"VLB": torch.ones_like(snr), **of_vlb}
-        # the same as w(snr), the weight of the squared error of eps: that of the VLB is 1 / lambda
+        # the same as w(snr), the weight of the squared error of eps: divided by lambda of Ho et al.
         of_eps = {name: weight / ho for name, weight in of_vlb.items()}
         others = {"min-SNR": "min_snr", "MSE of x_0": "x_0", "MSE of v": "v"}
         of_eps |= {name: WEIGHTINGS[key](snr) for name, key in others.items()}

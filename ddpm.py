@@ -92,7 +92,7 @@ class Diffusion:
     def loss(self, net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
         """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
-        x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); eq. 4: the x_t of line 5
+        x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); x_t, as in line 5
         out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or the network's x_0 or v
         error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3))  # (B,), line 5: ||...||^2
         weight = self.weight.to(x_0.dtype).to(x_0.device)[t]  # (B,); 1 for eps is L_simple, eq. 14
@@ -324,8 +324,8 @@ def make_sampler(settings: SamplerSettings):
 def clip_x_0(diffusion: Diffusion, eps_theta):
     """The denoiser with its x_0 clipped to [-1, 1], and eps derived from that x_0; wrapped around all others.
 
-    x_0 is computed from eps, and float32 rounds it, by at most 6e-7 / sqrt(alpha_bar_t). On the cosine
-    schedule that is 0.005 at t = T, less than a gray level, and 2e-5 from the second of 50 strides on.
+    x_0 is computed from eps, and float32 rounds it: on the cosine schedule by up to 0.005, less than a gray
+    level, at t = T, and by less than 2e-5 from the second of 50 strides on.
     """
 
     def clipped(x_t: Tensor, t: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: floa
 
 
 def dynamic_threshold(diffusion, eps_theta, quantile: float):
-    """The denoiser, its x_0 clamped to [-s, s] and divided by s, a quantile of the image's |x_0|, at least 1.
+    """The denoiser with x_0 clamped to [-s, s] and divided by s; s >= 1 is a quantile of the image's |x_0|.
 
     Where guidance drives many pixels out of [-1, 1], this keeps the differences between them, which clipping
     would remove (Imagen, Saharia et al. 2022, section 2.3). `quantile` in (0, 1].

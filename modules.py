@@ -122,7 +122,7 @@ class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
     Level i has width * multipliers[i] channels at 1 / 2^i of the resolution and `blocks` residual blocks;
-    `attention` lists the levels with self-attention, which the middle always has. Level 0 has none: attention
+    `attention` lists the levels with self-attention; the middle always has it. Level 0 has none: attention
     over H W positions costs (H W)^2, sixteen times that of level 1, and at full resolution what is left to do
     is local. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. `context_dim` is
     the size of the tokens in the context, where a network has one.
