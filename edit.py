@@ -414,7 +414,7 @@ def run_sdedit(model: Model):
     starts = {f"strength {s:g}": max(1, round(s * diffusion.T)) for s in strengths or ()}
     chosen = [] if strengths else chosen or [i for i in I_STARTS if i <= last] or [0]
     starts |= {f"i_start {i}": timesteps[i] for i in chosen}
-    ways = {f"{name}, t = {t}": [t, *(s for s in timesteps if s < t)] for name, t in starts.items()}
+    ways = {f"{name}\nt = {t}": [t, *(s for s in timesteps if s < t)] for name, t in starts.items()}
     images, items = model.read_images()
 
     def edit(items: list[Item], bar) -> dict[str, Tensor]:
@@ -430,6 +430,7 @@ def run_sdedit(model: Model):
     results, x_0 = {head: columns[head][1::2] for head in ways}, columns["input"][::2]
     labels = [label for item in items for label in (f"{item.label} noised", f"{item.label} edited")]
     notes = [f"{head}: {distance(x, x_0):.4f} rms from the input" for head, x in results.items()]
+    notes = [text.replace("\n", ", ") for text in notes]
     return columns, labels, torch.stack(list(results.values()), 1).flatten(0, 1), notes
 
 
