@@ -516,8 +516,8 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
 def forward(settings: Settings) -> Result:
     """Points and an image under the forward process of every schedule: how long structure survives.
 
-    A row is a schedule, time runs to the right: what can be recognised there can be learned there. The
-    variance stays 1 under every schedule, so x_t always has the size that the network is used to.
+    A row is a schedule, time runs to the right: what can be recognised there can be learned there. If
+    x_0 has variance 1, so has x_t under every schedule: the network sees one size at all times.
     """
     T, names, x_0 = settings.noise_steps, settings.schedules, chosen_images(settings)
     if (x_0.std((2, 3)).amax(1) == 0).any():
@@ -987,7 +987,7 @@ def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0
     """Annealed Langevin dynamics, x (B, C, H, W) at timesteps[0] -> x at timesteps[-1] (Song & Ermon 2019).
 
     A sampler that uses only each level's score. That of z = x_0 + sigma_t eps, where sigma_t^2 = 1 / SNR, is
-    -eps_theta / sigma_t. `inner` steps at each level have the size step sigma_t^2, their alpha.
+    -eps_theta / sigma_t. Each level takes `inner` steps of size `step` sigma_t^2, their alpha.
     """
     # Start: annealed Langevin dynamics (Song & Ermon 2019, Algorithm 1)
     for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for each noise level

@@ -65,8 +65,8 @@ class Diffusion:
         weighting = weighting or PLAIN_MSE[prediction]
         w = WEIGHTINGS.get(weighting, weighting)
         # w weighs the error of eps; the loss needs a weight of the output's error. For a given x_t an error
-        # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2; and with
-        # d_v = signal d_eps - noise d_x_0 = d_eps / signal, so d_eps^2 = alpha_bar d_v^2.
+        # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2; and, since
+        # signal^2 + noise^2 = 1, with d_v = signal d_eps - noise d_x_0 = d_eps / signal, so d_eps^2 = ab d_v^2.
         snr = self.snr[1:]
         factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
         self.weight = torch.cat([0 * one, w(snr) * factor])  # (T+1,); t = 0 is never trained
@@ -322,7 +322,7 @@ def make_sampler(settings: SamplerSettings):
 
 
 def clip_x_0(diffusion: Diffusion, eps_theta):
-    """The denoiser with its x_0 clipped to [-1, 1], and eps derived from that x_0; wrapped around all others.
+    """The denoiser with its x_0 clipped to [-1, 1], and eps derived from that x_0. Guidance comes before it.
 
     x_0 is computed from eps, and float32 rounds it: on the cosine schedule by up to 0.005, less than a gray
     level, at t = T, and by less than 2e-5 from the second of 50 strides on.

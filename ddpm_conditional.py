@@ -88,7 +88,7 @@ def rescaled(diffusion, eps: Tensor, eps_c: Tensor, x_t: Tensor, t: Tensor, phi:
 def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: float):
     """`eps - sqrt(1 - alpha_bar_t) s grad log p(y | x_t)`, labels y (B,), eps_theta being unconditional.
 
-    `classifier(x_t, t)` gives logits (B, K) (Dhariwal & Nichol 2021, Algorithm 2).
+    `classifier(x_t, t)` gives logits (B, K) (Dhariwal & Nichol 2021, Algorithm 2, and s of Algorithm 1).
     """
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
