@@ -65,8 +65,8 @@ class Diffusion:
         weighting = weighting or PLAIN_MSE[prediction]
         w = WEIGHTINGS.get(weighting, weighting)
         # w weighs the error of eps; the loss needs a weight of the output's error. For a given x_t an error
-        # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2; and, since
-        # signal^2 + noise^2 = 1, with d_v = signal d_eps - noise d_x_0 = d_eps / signal, so d_eps^2 = ab d_v^2.
+        # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2. It comes with
+        # d_v = signal d_eps - noise d_x_0 = d_eps / signal (signal^2 + noise^2 = 1), so d_eps^2 = ab d_v^2.
         snr = self.snr[1:]
         factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
         self.weight = torch.cat([0 * one, w(snr) * factor])  # (T+1,); t = 0 is never trained
