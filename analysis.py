@@ -332,7 +332,7 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, evaluator: Evalua
     with an evaluator also in its features, as the paper's distance is a perceptual one.
     """
     rows = []
-    for t in sorted({max(1, round(diffusion.T * k / 40)) for k in range(1, 41)}):
+    for t in sorted({at(25 * k, diffusion.T) for k in range(1, 41)}):
         times = torch.full((len(x_0),), t)
         a, b = (diffusion.noise_images(x_0, times, seeded_generator(seed, t, i))[0] for i in (0, 1))
         for what, other in (("one image", b), ("two images", b.roll(1, 0))):
@@ -490,7 +490,7 @@ def half_life(t: Sequence[int], values: Sequence[float]) -> float:
 def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_parts: int, seed: int):
     """Points and images x_0 (B, C, H, W), noised: {title: pictures (1, C, H, W)} at the times `shown`, and
     {measure: (times, values)} of what is left of them."""
-    T, times = diffusion.T, sorted({max(1, round(diffusion.T * k / 40)) for k in range(1, 41)})
+    T, times = diffusion.T, sorted({at(25 * k, diffusion.T) for k in range(1, 41)})
     clouds = {name: cloud(500, seeded_generator(seed, 0)) for name, cloud in CLOUDS.items()}
     many = standardised(x_0.repeat(math.ceil(50000 / x_0.numel()), 1, 1, 1))  # enough to measure a variance
 
@@ -522,7 +522,7 @@ def forward(settings: Settings) -> Result:
     T, names, x_0 = settings.noise_steps, settings.schedules, chosen_images(settings)
     if (x_0.std((2, 3)).amax(1) == 0).any():
         raise UserError("the image is of a single colour: there is no structure to follow")
-    shown = sorted({max(1, round(T * share)) for share in (0.02, 0.1, 0.25, 0.5, 0.75, 1)})
+    shown = sorted({at(t, T) for t in (20, 100, 250, 500, 750, 1000)})
     t_parts, rows = at(settings.at, T), []
     found = {name: what_is_left(Diffusion(T, name), x_0, shown, t_parts, settings.seed) for name in names}
     for name, (_, left) in found.items():
@@ -791,7 +791,7 @@ GUIDANCE = "guidance_scale labels prompt per_label classifier guide sampler samp
 
 
 def real_of_labels(data: utils.Data, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The same for samples of labels (n,): the second half in like proportion, as far as it has enough."""
+    """As real_halves, for samples of labels (n,): the second half has at most as many of each label."""
     order = torch.randperm(len(data.images), generator=seeded_generator(seed))
     order = order[torch.isin(data.labels[order], labels)]
     first, second = order.tensor_split([len(order) // 2])

@@ -236,7 +236,7 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
 def measure_accuracy(diffusion, net, x_0: Tensor, y: Tensor, batch_size: int, seed: int, device) -> list:
     """(t, share of the images x_0 (N, C, H, W) classified as y (N,), ten x_t) at eleven t of 1..T."""
     found = []
-    for t in sorted({1, *(max(1, round(diffusion.T * k / 10)) for k in range(1, 11))}):
+    for t in sorted({1, *(ddpm.at(100 * k, diffusion.T) for k in range(1, 11))}):
         generator, noisy, named = seeded_generator(seed, t), [], []  # the same noise every epoch
         for x in x_0.split(batch_size):
             times = torch.full((len(x),), t)

@@ -108,7 +108,12 @@ def anagram(eps_1, eps_2, view: View):
 
 def hybrid(eps_1, eps_2, sigma: float | None = None):
     """`G eps_1 + eps_2 - G eps_2`, G a Gaussian blur of `sigma` pixels (Factorized Diffusion, section 3)."""
-    return lambda x_t, t: low_pass(eps_1(x_t, t), sigma) + (fine := eps_2(x_t, t)) - low_pass(fine, sigma)
+
+    def eps_theta_hybrid(x_t: Tensor, t: Tensor) -> Tensor:
+        far, near = eps_1(x_t, t), eps_2(x_t, t)
+        return low_pass(far, sigma) + near - low_pass(near, sigma)
+
+    return eps_theta_hybrid
 
 
 # 4. Interpolation through DDIM inversion ------------------------------------------------------------------
@@ -258,9 +263,11 @@ def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
     """The denoiser whose x_0 agrees with the measurement y, eps derived again (DDNM, Algorithm 1)."""
 
     def eps_theta_restoring(x_t: Tensor, t: Tensor) -> Tensor:
+        # Start: DDNM
         x_0 = diffusion.x_0_from_eps(x_t, eps_theta(x_t, t), t)  # line 3
         x_0 = measurement.project(x_0, y)  # line 4: A+ y + (I - A+ A) x_0, section 3
         return diffusion.eps_from_x_0(x_t, x_0, t)
+        # End
 
     return eps_theta_restoring
 
@@ -398,7 +405,12 @@ class Model:
 
 def counted(eps_theta, bar, evaluations: int):
     """The denoiser, moving a bar whose images take so many evaluations each."""
-    return lambda x_t, t: (eps_theta(x_t, t), bar.update(len(x_t) / evaluations))[0]
+
+    def eps_theta_counted(x_t: Tensor, t: Tensor) -> Tensor:
+        bar.update(len(x_t) / evaluations)
+        return eps_theta(x_t, t)
+
+    return eps_theta_counted
 
 
 # The tasks: run(model) -> columns of pictures {head, or t of an x_t: (N, C, H, W)}, labels of the N rows,

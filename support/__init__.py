@@ -1,4 +1,4 @@
-"""What a student of diffusion need not read: no module but `published` knows anything of diffusion.
+"""What a student of diffusion need not read: no equation of diffusion stands here.
 
 settings    dataclasses, and the command line           errors      errors of one line, notes, signals
 launch      from settings to a trained run              trainer     what surrounds the loss in training
