@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from support import cars, scenes
-from support.cache import CHUNK, decode, decoded, fingerprint
+from support.cache import decoded, decoded_now, fingerprint
 from support.errors import UserError, note
 from support.images import IMAGE_SUFFIXES, class_folders, image_files, labelled_folders, read_captions
 from support.settings import COUNT, setting, settings
@@ -339,8 +339,8 @@ def get_data(
     images, colour = source.images, "rgb" if channels == 3 else "gray"
     if isinstance(images, np.memmap) and images.shape[1:] == (size, size, channels):  # needs no decoding
         array, kept = images.transpose(0, 3, 1, 2), np.arange(len(images))
-    elif isinstance(images, np.ndarray) and len(images) <= CHUNK:  # decoded as soon as found in a cache
-        ((array, kept),) = decode(images, size, channels, workers or 1)
+    elif isinstance(images, np.ndarray) and images.nbytes < 2**20:  # decoded as soon as found in a cache
+        array, kept = decoded_now(images, size, channels, workers or 1)
     else:
         key = fingerprint(images, source.root)
         cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{key}.npy"

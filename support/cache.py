@@ -10,14 +10,14 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from .errors import note
-from .files import replacing
+from .errors import is_out_of_memory, note
+from .files import remove_leftovers, replacing
 from .images import Picture, try_to_read
+from .machine import progress
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, Scene
 
-CHUNK = 4096  # images decoded before they are written
+CHUNK = 2**26  # bytes of images that are decoded before they are written
 MAPPED = 2**28  # bytes from which on a set is mapped; a smaller one is read, and its file may then change
 Pictures = Sequence[Picture] | np.ndarray  # an array is uint8 (N, h, w) or (N, h, w, 1 or 3)
 
@@ -34,21 +34,23 @@ def fingerprint(images: Pictures, root: Path | None) -> str:
     elif isinstance(images[0], Scene):
         digest.update(repr((images, COLOURS, BACKGROUNDS, SHAPES)).encode())
     else:
-        for path in images:  # metadata.jsonl may list files that do not exist
+        for path in images:  # metadata.jsonl may list files that do not exist, or lie elsewhere
             found = state(os.stat(path)) if os.path.exists(path) else None
-            digest.update(f"{os.path.relpath(path, root)} {found}\n".encode())
+            name = path.relative_to(root) if path.is_relative_to(root) else path
+            digest.update(os.fsencode(f"{name} {found}\n"))
     return digest.hexdigest()[:16]
 
 
 def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator[tuple]:
     """The images that can be read, in chunks: (M, C, size, size) uint8, and their M positions."""
     read = partial(try_to_read, size=size, channels=channels)
+    most = min(len(images), max(1, CHUNK // (channels * size**2)))  # images in a chunk
     pool = ThreadPoolExecutor(workers)  # threads: Pillow decodes and resizes outside Python's lock
     try:
-        with tqdm(desc="decoding", total=len(images), unit="img", leave=False) as bar:
-            for start in range(0, len(images), CHUNK):
-                chunk, kept = np.empty((CHUNK, channels, size, size), np.uint8), []
-                for i, image in enumerate(pool.map(read, images[start : start + CHUNK]), start):
+        with progress("decoding", len(images)) as bar:
+            for start in range(0, len(images), most):
+                chunk, kept = np.empty((most, channels, size, size), np.uint8), []
+                for i, image in enumerate(pool.map(read, images[start : start + most]), start):
                     bar.update()
                     if image is not None:
                         chunk[len(kept)] = image
@@ -58,23 +60,30 @@ def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
 
 
+def decoded_now(*how) -> tuple[np.ndarray, np.ndarray]:
+    """What `decode` yields, in one piece, and the positions as an array."""
+    chunks, kept = zip(*decode(*how), strict=True)
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks), np.concatenate(kept).astype(np.int64)
+
+
 def decoded(images: Pictures, cache_file: Path, size: int, channels: int, workers: int) -> tuple:
     """The images that can be read, (M, C, size, size) uint8, and their positions (M,).
 
     They come from `cache_file`, written first if need be; a large set is mapped and may be larger than the
     memory. Where the file can't be written, they are held in memory.
     """
-    shape = (len(images), channels, size, size)
+    shape, why = (len(images), channels, size, size), "it was removed at once"
+    remove_leftovers(cache_file.parent)
     if found := read_cache(cache_file, shape):
         return found
     try:
         write_cache(cache_file, shape, decode(images, size, channels, workers))
-        if found := read_cache(cache_file, shape):
-            return found
     except OSError as error:
-        note(f"the decoded images were not cached in {cache_file}: {error.strerror}")
-    chunks, kept = zip(*decode(images, size, channels, workers), strict=True)
-    return np.concatenate(chunks), np.concatenate(kept).astype(np.int64)
+        why = error.strerror
+    if found := read_cache(cache_file, shape):  # ours, or that of another process, which has it open
+        return found
+    note(f"the decoded images were not cached in {cache_file}: {why}")
+    return decoded_now(images, size, channels, workers)
 
 
 def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple]) -> None:
@@ -104,6 +113,8 @@ def read_cache(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np
         return (images if images.nbytes > MAPPED else np.array(images)), kept
     except FileNotFoundError:
         return None
-    except Exception:  # cut short or damaged, in one of many ways
+    except Exception as error:  # cut short or damaged, in one of many ways
+        if is_out_of_memory(error):
+            raise
         note(f"{cache_file} is damaged and is made anew")
         return None

@@ -2,7 +2,6 @@
 
 import io
 import math
-import shlex
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import UserError
-from .files import new_path, replacing, write_csv
+from .files import new_path, quoted, replacing, write_csv
 from .pictures import join, save_picture
 
 Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
@@ -148,7 +147,7 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     if figure := join(pictures) if pictures else None:
         save_picture(figure, files["figure"])
     print("\n".join([*aligned(result.rows), *result.notes]))
-    print("\n".join(f"{kind:7s} {shlex.quote(str(file))}" for kind, file in files.items() if file.exists()))
+    print("\n".join(f"{kind:7s} {quoted(file)}" for kind, file in files.items() if file.exists()))
     return figure, missing
 
 

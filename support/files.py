@@ -1,14 +1,20 @@
 """Files: nothing is overwritten but by a whole new version of itself, put in place in one step."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import re
+import secrets
+import shlex
+import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,28 +22,90 @@ import torch
 
 from .errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows, which removes no file that is open
+    fcntl = None
+
+TEMPORARY = re.compile(r"[0-9a-f]{8}\..+\.tmp")
+WAITS = (0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before each try to replace a file
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` in one step at the end; `path` is always whole."""
-    temporary = path.with_name(path.name + ".tmp")
+    """A file to write to that takes the place of `path` in one step at the end; `path` is always whole.
+
+    Every writer has a temporary file of its own, which is locked as long as it is open.
+    """
+    file = open_temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # on the disk before the name points to it
-        os.replace(temporary, path)
+            if not fcntl:
+                file.close()
+            replace(file.name, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:  # a full disk does not say which file
             error.filename = str(path)
         raise
 
 
+def open_temporary(path: Path) -> BinaryIO:
+    while True:
+        file = open(path.with_name(f"{secrets.token_hex(4)}.{path.name}.tmp"), "xb")
+        with suppress(OSError):  # of file systems without locks
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink or not fcntl:  # else removed as a leftover before it was locked
+            return file
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove the temporary files of processes that were killed; nobody has these locked, or open."""
+    for path in (path for folder in folders for path in folder.glob("*.tmp") if TEMPORARY.match(path.name)):
+        with suppress(OSError):
+            with open(path, "ab") as file:
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def replace(temporary: str, path: Path) -> None:
+    """os.replace, tried for six seconds: a virus scanner or a spreadsheet may have the file open."""
+    for wait in WAITS:
+        time.sleep(wait)
+        try:
+            return os.replace(temporary, path)
+        except OSError as error:
+            failed = error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # waiting does not help
+                break
+    raise failed
+
+
 def new_path(path: Path, suffix: str = "") -> Path:
-    """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix)."""
-    numbered = (path.with_name(f"{path.name.removesuffix(suffix)}_{n}{suffix}") for n in count(2))
-    return next(p for p in chain([path], numbered) if not p.exists())
+    """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix).
+
+    With a suffix it is a file, which is made, empty, so that no other process takes the name.
+    """
+    for n in count(1):
+        new = path if n == 1 else path.with_name(f"{path.name.removesuffix(suffix)}_{n}{suffix}")
+        with suppress(FileExistsError):
+            if suffix:
+                new.touch(exist_ok=False)
+            if suffix or not new.exists():
+                return new
+
+
+def quoted(*words: object, windows: bool = os.name == "nt") -> str:
+    """Words as a shell takes them; that of Windows takes double quotes alone."""
+    if not windows:
+        return shlex.join(map(str, words))
+    return " ".join(w if re.fullmatch(r"[\w:./\\=+,@-]+", w) else f'"{w}"' for w in map(str, words))
 
 
 def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
@@ -45,13 +113,16 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     with replacing(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    """The rows of a table, its header first; none where there is no file."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines() if path.is_file() else []
-    return [row for row in csv.reader(lines) if row]
+    """The rows of a table, its header first; none where there is no file. A spreadsheet may have saved it."""
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape") if path.is_file() else ""
+    lines = text.splitlines()
+    mark = next((mark for mark in ";\t" if lines and mark in lines[0] and "," not in lines[0]), ",")
+    comma = str.maketrans(",", ".") if mark != "," else {}  # where ; separates, 0,5 is a number
+    return [[cell.translate(comma) for cell in row] for row in csv.reader(lines, delimiter=mark) if row]
 
 
 def read_json(path: Path, missing: str) -> dict:
@@ -61,7 +132,22 @@ def read_json(path: Path, missing: str) -> dict:
     with suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(path.read_bytes()), dict):
             return found
-    raise UserError(f"{path} is damaged: get it again")
+    raise UserError(f"{path} {damage(path) or 'is damaged'}; get it again")
+
+
+def damage(path: Path) -> str | None:
+    """What a file is that should be another one, where its first bytes tell; else None."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is damaged: an empty file"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, which stands for the file (git lfs pull gets it)"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "is a web page, saved in place of the file"
+    if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
+        return "is damaged: truncated, its end is missing"
+    return None
 
 
 def digest(array: torch.Tensor) -> str:
