@@ -32,10 +32,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+NO_MEMORY = (  # in the words of CUDA, cuBLAS, cuDNN, MPS, and of PyTorch and the system on a CPU
+    *("out of memory", "alloc_failed", "invalid buffer size", "not enough memory", "bad_alloc"),
+    *("can't allocate memory", "cannot allocate memory", "failed to allocate", "unable to allocate"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says so: that of a GPU, Python's own, or what PyTorch says of the CPU's memory."""
-    named = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
-    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    """Whether an error says so: one of Python, of PyTorch, of the libraries it calls, or of the system."""
+    named = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+    said = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
+    return named or any(words in said for words in NO_MEMORY)
 
 
 def is_lost(error: BaseException) -> bool:
@@ -67,8 +74,18 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(s, handler)
 
 
+def open_streams() -> None:
+    """Give stdout and stderr any character to print, as an escape if need be, also where they are closed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or sys.stdout
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
+    open_streams()
     name = Path(sys.argv[0]).name
     silent = int(os.environ.get("LOCAL_RANK", 0)) > 0  # then another process of this machine prints
 
@@ -86,16 +103,18 @@ def run_main(main: Callable[[], None]) -> None:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
     except UserError as error:
         sys.exit(fail(str(error), silent))
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if is_lost(error):
             os._exit(fail("another process has ended, and so does this one", silent))
+        if isinstance(error, OSError) and not is_out_of_memory(error):
+            where = f": {error.filename}" if error.filename else ""
+            sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
         if not is_out_of_memory(error):
             raise
-        lower = "lower --batch-size; a training run also takes --accumulate PARTS and --checkpointing"
+        both = "--accumulate PARTS and --checkpointing"
+        resumed = any(word.split("=")[0] == "--resume" for word in sys.argv)
+        lower = f"add {both}" if resumed else f"lower --batch-size; a training run also takes {both}"
         sys.exit(fail(f"out of memory: {lower}"))
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
     except KeyboardInterrupt:
         if not silent:
             print(f"{name}: stopped", file=sys.stderr)
