@@ -374,11 +374,11 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
     config, shape = command.config(), tuple(data.images.shape[1:])
     diffusion = make_diffusion(config)
     settings = settle_sampler(command, config, diffusion.T)
-    numbers = range(64 if shape[-1] <= 32 else 16)
+    numbers = torch.arange(64 if shape[-1] <= 32 else 16).split(launch.at_once(config))
 
     def preview(net, epoch: int, path: Path) -> None:
-        eps_theta = diffusion.denoiser(net)
-        x_0 = sample(diffusion, eps_theta, numbers, shape, settings, config["seed"], device)
+        eps_theta, how = diffusion.denoiser(net), (shape, settings, config["seed"], device)
+        x_0 = torch.cat([sample(diffusion, eps_theta, part.tolist(), *how).cpu() for part in numbers])
         caption = f"{config['dataset']}, epoch {epoch}, {settings.sampler} {settings.sample_steps} steps"
         save_picture(make_grid(x_0, caption), path)
 
@@ -405,18 +405,19 @@ def single_step(command: Command, data: utils.Data, device: torch.device) -> Tas
     config = command.config()
     held_out, trained_on = hold_out(len(data.images), config["seed"], "a denoiser")
     x_0 = to_x_0(data.images[held_out])
-    shown = min(3, len(x_0))
+    shown, log = min(3, len(x_0)), []  # rows of psnr.csv
 
     @torch.no_grad()
     def preview(net, epoch: int, path: Path) -> None:
         levels, found = [], []
         for sigma in SIGMAS:
             z = x_0 + 2 * sigma * randn_like(x_0, seeded_generator(config["seed"]))  # the same noise at each
-            parts = z.to(device).split(64)
-            x = torch.cat([net(part, part.new_zeros(len(part)).long()).cpu() for part in parts])
+            parts = (part.to(device) for part in z.split(launch.at_once(config)))
+            x = torch.cat([net(part, part.new_zeros(len(part)).long()).float().cpu() for part in parts])
             levels.append((f"{sigma:g}", f"{psnr(z, x_0).mean():.2f}", f"{psnr(x, x_0).mean():.2f}"))
             found.append(torch.stack([z[:shown], x[:shown]], 1).flatten(0, 1))  # (2 shown, C, H, W)
-        runs.log_rows(path.parent.parent / "psnr.csv", ("sigma", "noisy", "denoised"), epoch, levels)
+        log.extend((epoch, *level) for level in levels)
+        runs.log_rows(path.parent.parent / "psnr.csv", ("sigma", "noisy", "denoised"), log)
         tqdm.write(f"epoch {epoch}: PSNR " + ", ".join(f"{dB} dB at sigma {s}" for s, _, dB in levels))
         trained = f"{config['dataset']}, trained at sigma {config['sigma']:g}, epoch {epoch}"
         heads, rows = [f"{s}: {dB}" for s, _, dB in levels], ["noisy", "denoised"] * shown

@@ -197,12 +197,13 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
     columns = 6 if shape[-1] <= 32 else 3
 
     def preview(net, epoch: int, path: Path) -> None:
-        numbers = list(range(columns)) * len(names)  # the same noise in every row
-        y = y_shown.repeat_interleave(columns, dim=0).to(device)
-        eps_theta = guided_denoiser(diffusion, net, y, scale, guidance)
-        x_0 = ddpm.sample(diffusion, eps_theta, numbers, shape, settings, config["seed"], device)
+        numbers, y = torch.arange(columns).repeat(len(names)), y_shown.repeat_interleave(columns, dim=0)
+        x_0, how = [], (shape, settings, config["seed"], device)  # the same noise in every row
+        for part in torch.arange(len(y)).split(launch.at_once(config)):
+            eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)
+            x_0.append(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how).cpu())
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
-        save_picture(make_grid(x_0, caption, columns, rows=names), path)
+        save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
 
     loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])
     return Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep)
@@ -215,12 +216,12 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
     if data.labels is None:
         raise UserError(f"data set {name} has no labels to classify by: choose another --dataset")
     held_out, trained_on = hold_out(len(data.images), seed, "a classifier")
-    x_0, y = to_x_0(data.images[held_out]), data.labels[held_out]
+    x_0, y, log = to_x_0(data.images[held_out]), data.labels[held_out], []  # rows of accuracy.csv
 
     def preview(net, epoch: int, path: Path) -> None:
-        found = measure_accuracy(diffusion, net, x_0, y, config["batch_size"], seed, device)
-        levels = [(t, f"{share:.4f}") for t, share, _ in found]
-        runs.log_rows(path.parent.parent / "accuracy.csv", ("t", "accuracy"), epoch, levels)
+        found = measure_accuracy(diffusion, net, x_0, y, launch.at_once(config), seed, device)
+        log.extend((epoch, t, f"{share:.4f}") for t, share, _ in found)
+        runs.log_rows(path.parent.parent / "accuracy.csv", ("t", "accuracy"), log)
         rows, x_t = [f"t = {t}: {share:.1%}" for t, share, _ in found], torch.cat([x_t for *_, x_t in found])
         tqdm.write(f"epoch {epoch}: accuracy at {', '.join(rows)}")
         caption = f"{name}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
@@ -240,9 +241,10 @@ def measure_accuracy(diffusion, net, x_0: Tensor, y: Tensor, batch_size: int, se
         generator, noisy, named = seeded_generator(seed, t), [], []  # the same noise every epoch
         for x in x_0.split(batch_size):
             times = torch.full((len(x),), t)
-            noisy.append(diffusion.noise_images(x, times, generator)[0])
-            named.append(net(noisy[-1].to(device), times.to(device)).argmax(1).cpu())
-        found.append((t, (torch.cat(named) == y).double().mean().item(), torch.cat(noisy)[:10]))
+            x_t, _ = diffusion.noise_images(x, times, generator)
+            noisy.extend(x_t[: 10 - len(noisy)])
+            named.append(net(x_t.to(device), times.to(device)).argmax(1).cpu())
+        found.append((t, (torch.cat(named) == y).double().mean().item(), torch.stack(noisy)))
     return found
 
 

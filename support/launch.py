@@ -1,7 +1,6 @@
 """A training run from its settings to its last sample grid."""
 
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from . import runs
 from .errors import UserError, note
-from .files import digest
+from .files import digest, quoted
 from .loader import Loader
 from .machine import MachineSettings, get_device, to_device
 from .processes import join_processes
@@ -55,6 +54,11 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
     levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels
     multipliers, attention = [1] * (levels - 4) + [2, 2, 3, 4], [levels - 2, levels - 1]
     return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
+
+
+def at_once(config: dict) -> int:
+    """The number of images that go through the network together in training, and so in its previews."""
+    return max(1, config["batch_size"] // config["accumulate"])
 
 
 def load_data(command: Command, get_data: Callable, narrow: bool):
@@ -131,9 +135,10 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
         return
     last_grid = run / "samples" / f"epoch_{training.epochs:04d}.png"
     if not last_grid.is_file():  # the run was killed after its last step
-        preview(trainer.ema.net, training.epochs)
+        trainer.draw_preview(training.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
-        print(f"{name:10s}  {shlex.quote(str(path))}")
+        if path.is_file():
+            print(f"{name:10s}  {quoted(path)}")
     print(f"use it with\n  {runs.command_line(*task.use, run, script=task.used_by)}")
 
 

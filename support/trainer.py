@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .errors import Stopped, UserError, first_line, stop_on_signal
+from .errors import Stopped, UserError, first_line, is_out_of_memory, note, stop_on_signal
 from .files import replacing
 from .generators import BatchShare, Generators
 from .loader import Loader
@@ -66,13 +66,16 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(net.parameters(), self.lr, **options)
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
+        self.rows: list[tuple] = []  # of log.csv
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
         if settings.checkpointing:
             recompute_activations(net)
         if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
             compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
-        if use_bf16(machine.precision, device, net):
-            net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+        bf16 = use_bf16(machine.precision, device, net)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, bf16)
+        if bf16:
+            net.forward = self.autocast(net.forward)
         self.net = net  # the network to be called
         if self.processes.count > 1:
             self.net = DistributedDataParallel(net, [device.index] if device.type == "cuda" else None)
@@ -89,6 +92,8 @@ class Trainer:
         with stop_on_signal() as stop, bar:
             if not self.resumed:
                 self.save()  # from here on there is always a checkpoint
+            elif self.rows and self.processes.first:  # perhaps the last ones could not be written
+                log_rows(self.run / "log.csv", LOG, self.rows)
             for epoch in range(self.steps // per_epoch + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 started, seen = time.monotonic(), 0
@@ -101,10 +106,8 @@ class Trainer:
                 self.check_losses()
                 loss, self.loss_sum, took = self.loss_sum / per_epoch, 0.0, time.monotonic() - started
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                if rank == 0:
-                    lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
-                    row = (self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}")
-                    log_rows(self.run / "log.csv", LOG, epoch, [row])
+                lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
+                self.rows.append((epoch, self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}"))
                 self.after_epoch(epoch, stop.is_set())
 
     def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
@@ -161,15 +164,27 @@ class Trainer:
                 raise Stopped
 
     def after_epoch(self, epoch: int, stopping: bool) -> None:
-        """Save, stop after a signal, draw a preview."""
+        """Save, log, stop after a signal, draw a preview."""
         settings, last = self.settings, epoch == self.settings.epochs
         (stopping,) = self.processes.any(stopping)
         if epoch % settings.save_every == 0 or last or stopping:
             self.save()
+        if self.processes.first:
+            log_rows(self.run / "log.csv", LOG, self.rows)
         if stopping and not last:
             raise Stopped
         if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):
-            self.preview(self.ema.net, epoch)
+            self.draw_preview(epoch)
+
+    def draw_preview(self, epoch: int) -> None:
+        """Draw a preview in the run's precision; a note where there is too little memory for it."""
+        try:
+            with self.autocast:
+                self.preview(self.ema.net, epoch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            note(f"out of memory in the preview of epoch {epoch}, which is left out; training goes on")
 
     def check_losses(self) -> None:
         """Add up the pending losses; UserError if one is not finite, and then nothing later is saved."""
@@ -194,6 +209,7 @@ class Trainer:
         rng = {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()}
         parts = {"net": self.weights, "ema": self.ema.net, "optimizer": self.optimizer}
         place = {"epoch": self.steps // self.loader.batches, "step": self.steps, "loss_sum": self.loss_sum}
+        place["log"] = self.rows  # log.csv is written after ckpt.pt, and may be open in a spreadsheet
         state = {name: part.state_dict() for name, part in parts.items()}
         path, buffer = self.run / "ckpt.pt", io.BytesIO()  # torch.save to a full disk may abort the process
         torch.save({**self.keep, **state, **place, "rng": rng}, buffer)
@@ -202,8 +218,9 @@ class Trainer:
                 file.write(buffer.getbuffer())
         except OSError as error:
             left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
-            why = f"can't write {path}: {error.strerror}; {left}"
-            raise UserError(f"{why}: make room, or choose another --runs") from None
+            locked = "close the program that has it open" if path.is_file() else "choose another --runs"
+            cure = locked if isinstance(error, PermissionError) else "make room, or choose another --runs"
+            raise UserError(f"can't write {path}: {error.strerror}; {left}: {cure}") from None
 
     def resume(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, bit for bit on the CPU; UserError where it does not fit."""
@@ -219,4 +236,7 @@ class Trainer:
             torch.cuda.set_rng_state_all(rng["cuda"])
         if rng["train"].numel() == self.generator.get_state().numel():  # else it is of another kind of device
             self.generator.set_state(rng["train"])
+        for group in self.optimizer.param_groups:
+            group["fused"] = self.optimizer.defaults["fused"]  # that of this device
         self.steps, self.loss_sum, self.resumed = checkpoint["step"], checkpoint["loss_sum"], True
+        self.rows = checkpoint.get("log", [])  # older runs have them in log.csv alone
