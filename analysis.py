@@ -14,7 +14,6 @@ https://arxiv.org/abs/2204.00227) and Berkeley CS180, project 5.
 """
 
 import math
-import shlex
 import tempfile
 import textwrap
 import time
@@ -39,7 +38,7 @@ from modules import EMA, PointMLP
 from support import measures, runs
 from support.charts import Chart, Panel, Result, curves, draw_page, publish, write_report
 from support.errors import UserError, note, run_main
-from support.files import read_csv
+from support.files import quoted, read_csv
 from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_x_0
 from support.loader import Loader
@@ -1090,7 +1089,7 @@ def report(settings: Settings, model: Model) -> None:
             text = f"Left out: {error}."
         pages.append((name, text, figure, rows))
     path = write_report(folder / "report.pdf", [draw_page(*page) for page in pages])
-    print(f"\nreport  {shlex.quote(str(path))}")
+    print(f"\nreport  {quoted(path)}")
 
 
 def make_parser() -> Parser:
@@ -1122,6 +1121,7 @@ def main() -> None:
     chosen = one.settings(**typed)
     device, load = get_device(chosen.device), ddpm.load_network
     models = [Model(path, *load(path, device, one.kinds), device, runs.run_folder(path)) for path in paths]
+    runs.check_folder(Path(chosen.out) if chosen.out else models[0].folder if models else Result.folder)
     result = one.run(chosen, *models)
     if result and (missing := publish(name, result, chosen.out)[1]):
         raise missing

@@ -18,7 +18,6 @@ list, `x` and `x_0` are images (B, C, H, W), x_0 in [-1, 1], and `generator` is 
 """
 
 import re
-import shlex
 from collections import namedtuple
 from dataclasses import make_dataclass
 from functools import partial
@@ -33,7 +32,7 @@ import ddpm
 import ddpm_conditional
 from support import settings as cli
 from support.errors import UserError, note, run_main
-from support.files import new_path
+from support.files import new_path, quoted
 from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_pictures
 from support.machine import MachineSettings, Watched, get_device, progress
@@ -666,7 +665,7 @@ def main() -> None:
     run, flags, defaults = EDITS[task := typed.pop("task")]
     command = cli.make_command(typed, GROUPS)
     model, out = Model(command, defaults), command["out"]
-    prepare_folders(folder := run_folder(command["checkpoint"]) / "edits", out)
+    folder = prepare_folders(run_folder(command["checkpoint"]) / "edits", out)
     columns, labels, results, notes = run(model)
 
     shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}  # settings in the caption
@@ -681,11 +680,11 @@ def main() -> None:
     x, caption = torch.stack(list(columns.values()), 1).flatten(0, 1), "; ".join([about, *notes])
     grid = make_grid(x, caption, len(heads), labels, heads)
     path = save_picture(grid, new_path(folder / f"{task}.png", ".png"))
-    print("\n".join([*notes, f"figure   {shlex.quote(str(path))}"]))
+    print("\n".join([*notes, f"figure   {quoted(path)}"]))
     if out:
         for i, picture in enumerate(to_pictures(results)):
             save_picture(picture, Path(out) / f"{i:05d}.png")
-        print("images  ", shlex.quote(out))
+        print("images  ", quoted(out))
 
 
 if __name__ == "__main__":

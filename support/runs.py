@@ -1,20 +1,19 @@
 """Run folders: checkpoints that never run code, logs, and folders of samples that are never mixed."""
 
 import json
-import os
 import pickle
-import shlex
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import PIL.Image
 import torch
 
-from .errors import LostProcess, Stopped, UserError, is_lost, note
-from .files import digest, new_path, read_csv, replacing, write_csv
+from .errors import LostProcess, Stopped, UserError, is_lost, is_out_of_memory, note
+from .files import damage, digest, new_path, quoted, read_csv, remove_leftovers, replacing, write_csv
 from .images import image_files
 from .processes import Processes
 from .published import PUBLISHED_FILES, load_published, published_file, published_name
@@ -87,14 +86,18 @@ def read_pickle(path: Path, instead: str) -> object:
     except OSError as error:
         raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
     except Exception as error:  # torch, zipfile and pickle each have their own
+        if is_out_of_memory(error):
+            raise
         unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
         why = "holds Python objects, which could run code" if unsafe else "is damaged or no PyTorch file"
-        raise UserError(f"checkpoint {path} was not loaded: it {why}; {instead}") from None
+        raise UserError(f"checkpoint {path} was not loaded: it {damage(path) or why}; {instead}") from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
     """The ckpt.pt that a run's folder, or the file itself, names; UserError where there is none."""
     path = Path(path)
+    if published := published_file(path):
+        raise UserError(f"{published} holds published weights: a run of this project is needed here")
     file = path / "ckpt.pt" if path.is_dir() else path
     if file.is_file():
         return file
@@ -111,8 +114,7 @@ def run_folder(path: str | Path) -> Path:
 
 def command_line(*flags: object, script: str | None = None) -> str:
     """A command line of this script, or of another beside it, that can be pasted into a shell."""
-    path = Path(sys.argv[0]).with_name(script) if script else sys.argv[0]
-    return shlex.join(["python", str(path), *map(str, flags)])
+    return quoted("python", Path(sys.argv[0]).with_name(script) if script else sys.argv[0], *flags)
 
 
 def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:
@@ -133,13 +135,18 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
 
     Where a signal or the end of another process stops the run, its user is told how to go on with it.
     """
-    run = new_path(wanted) if wanted.exists() and not resumed else wanted
+    run = wanted
+    while processes.first and not resumed:
+        with suppress(FileExistsError):  # another process may make the same folder at this moment
+            (run := new_path(wanted)).mkdir(parents=True)
+            break
     if processes.count > 1:
         run = processes.broadcast(run)
     if run != wanted:
         note(f"{wanted} exists and stays as it is: this run goes to {run}")
-    if processes.rank == 0:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
+    if processes.first:
+        (run / "samples").mkdir(exist_ok=True)
+        remove_leftovers(run, run / "samples")
         with replacing(run / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
     try:
@@ -154,28 +161,52 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
         raise LostProcess(f"another process has ended, and so does this one: {go_on}") from None
 
 
-def log_rows(path: Path, columns: Sequence[str], epoch: int, rows: Sequence[Sequence[object]]) -> None:
-    """Add the rows of an epoch to a CSV, in the place of rows of this epoch and later ones."""
-    earlier = [row for row in read_csv(path) if row[0].isdigit() and int(row[0]) < epoch]
-    write_csv(path, [("epoch", *columns), *earlier, *((epoch, *row) for row in rows)])
+def log_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write rows, each of an epoch, to a CSV, in the place of rows of their first epoch and later ones.
+
+    A note where that fails: the caller keeps its rows, and writes them all next time.
+    """
+    try:
+        earlier = [row for row in read_csv(path) if row[0].isdigit() and int(row[0]) < rows[0][0]]
+        write_csv(path, [("epoch", *columns), *earlier, *rows])
+    except OSError as error:
+        note(f"{path} can't be written ({error.strerror}): close it elsewhere; its rows are written later")
 
 
-def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> None:
-    """Make the folders for the grid and single images; UserError, before any work, if they can't be used.
+def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> Path:
+    """Make the folders for the grid and single images, -> that of the grid; UserError, before any work.
 
-    `out` may hold images of the same settings, `made_with`; others would be lost, or mixed with ours.
+    Where the run's can't be written to, the grid goes to a folder in `out`. `out` may hold images of the same
+    settings, `made_with`; others would be lost, or mixed with ours.
     """
     if out and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
+    try:
+        check_folder(samples)
+    except UserError:
+        if not out:
+            raise
+        samples = Path(out) / "grids"
+        note(f"the run's folder can't be written to: grids go to {samples}")
     for folder in (samples, Path(out or samples)):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"folder {folder} can't be written to: copy the run, or name another --out")
+        check_folder(folder)
+    remove_leftovers(samples, Path(out or samples))
     there = image_files(Path(out)) if out else []
     if out and (there or (Path(out) / "metadata.jsonl").exists()):
         if made_with is None or not there or any(text_in(path) != made_with for path in there):
             raise UserError(f"--out {out} already holds images of another making: name a new or empty folder")
         note(f"{out} holds {len(there)} images of this kind already: they are not drawn again")
+    return samples
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder for results; UserError where that fails, or no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"folder {folder} can't be written to ({error.strerror})"
+        raise UserError(f"{why}: name a folder for the results with --out") from None
 
 
 def text_in(path: Path) -> str | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import UserError, note
-from .files import new_path, replacing
+from .files import new_path, quoted, replacing
 from .images import read_images, to_pictures
 from .machine import progress
 from .pictures import make_grid, save_picture
@@ -29,8 +28,8 @@ class Plan:
         self.output, self.batch_size, self.made_with = output, batch_size or 64, made_with
         self.processes, self.names = processes, names
         self.shape = (config["channels"], config["image_size"], config["image_size"])
-        self.folder = run_folder(output.checkpoint) / "samples"
-        prepare_folders(self.folder, output.out, made_with)
+        samples = run_folder(output.checkpoint) / "samples"
+        self.folder = prepare_folders(samples, output.out, made_with)
 
     def film(self, steps: Sequence[int]) -> Sequence[int]:
         """The steps that --animate shows, at most some sixty."""
@@ -53,17 +52,17 @@ class Plan:
         if output.out and self.processes.first:
             if self.names:
                 self.write_metadata(suffix, batches)
-            print("images  ", shlex.quote(output.out))
+            print("images  ", quoted(output.out))
 
     def save_grids(self, grids: list[Image.Image], name: str) -> None:
         """Write a grid, the first, and the frames of its making as a GIF of four seconds and a rest."""
         (grid, *frames), path = grids, new_path(self.folder / name, ".png")
-        print("grid    ", shlex.quote(str(save_picture(grid, path))))
+        print("grid    ", quoted(save_picture(grid, path)))
         if frames:
             times = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
             options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
             gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), **options)
-            print("gif     ", shlex.quote(str(gif)))
+            print("gif     ", quoted(gif))
 
     def draw_in_batches(self, draw: Callable, numbers: Sequence[int], suffix: str) -> list[torch.Tensor]:
         """The images of those numbers that a grid shows, and with --animate frames of the first batch.
