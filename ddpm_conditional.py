@@ -214,7 +214,8 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
     config = command.config()
     name, seed, diffusion = config["dataset"], config["seed"], ddpm.make_diffusion(config)
     if data.labels is None:
-        raise UserError(f"data set {name} has no labels to classify by: choose another --dataset")
+        sort = "sort its images into sub-folders, one a class, or choose another --dataset"
+        raise UserError(f"data set {name} has no labels to classify by: {sort}")
     held_out, trained_on = hold_out(len(data.images), seed, "a classifier")
     x_0, y, log = to_x_0(data.images[held_out]), data.labels[held_out], []  # rows of accuracy.csv
 

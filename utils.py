@@ -15,7 +15,8 @@ from torch import Tensor
 from support import cars, scenes
 from support.cache import decoded, decoded_now, fingerprint
 from support.errors import UserError, note
-from support.images import IMAGE_SUFFIXES, class_folders, image_files, labelled_folders, read_captions
+from support.files import damage
+from support.images import READ, class_folders, image_files, labelled_folders, note_skipped, read_captions
 from support.settings import COUNT, setting, settings
 
 HERE = Path(__file__).resolve().parent  # the folder of the project
@@ -238,25 +239,42 @@ def folder(root: Path, split: str) -> Source:
     if root.suffix == ".npy" and split == "train":
         return array_file(root)
     if not root.is_dir():
-        raise UserError(f"folder {root} does not exist: name a folder of images with --data-root")
-    sub_folders = {f.name for f in class_folders(root) if image_files(f, recursive=True)}
-    splits = {"train", "test", "val", "valid", "validation"}
-    by_split = "train" in sub_folders and sub_folders <= splits  # and "train" is not a class of trains
-    if split not in (sub_folders if by_split else {"train"}):
-        raise no_split("folder", split)
-    root = root / split if by_split else root
+        what = "is a file (unpack an archive; save an array as .npy)" if root.exists() else "does not exist"
+        raise UserError(f"folder {root} {what}: name a folder of images with --data-root")
+    root = of_split(root, split)
+    flat, (files, labels, class_names) = image_files(root), labelled_folders(root)
     if (root / "metadata.jsonl").is_file():
-        files, captions = read_captions(root / "metadata.jsonl")
-        source = Source(files, captions=captions, flip=False, root=root)
-    elif files := image_files(root):
-        source = Source(files, root=root)
-        if class_folders(root):
-            note(f"of {root} only the images directly in it are used, not its sub-folders")
-    else:
-        source = Source(*labelled_folders(root), root=root)
+        listed, captions = read_captions(root / "metadata.jsonl")
+        source = Source(listed, captions=captions, flip=False, root=root)
+    else:  # what most of the images say
+        source = Source(files, labels, class_names) if len(files) > len(flat) else Source(flat)
+        source.root = root
     if not source.images:
-        raise UserError(f"folder {root} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise UserError(f"folder {root} holds no images ({READ})")
+    if (left := len(flat) + len(files) - len(source.images)) > 0:
+        note(f"{len(source.images)} images of {root} are used, and {left} others in it are not")
+    texts = [root / "metadata.csv", *(path.with_suffix(".txt") for path in source.images[:9])]
+    if source.captions is None and (text := next((path for path in texts if path.is_file()), None)):
+        note(f"{text} is not read: captions are read from metadata.jsonl")
     return source
+
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
+
+
+def of_split(root: Path, split: str) -> Path:
+    """The sub-folder of a split, or `root` where it has no splits; UserError where one has no such split."""
+    full = [folder for folder in class_folders(root) if image_files(folder, recursive=True)]
+    parts = {SPLITS[f.name.lower()]: f for f in full if f.name.lower() in SPLITS}
+    others = [f.name for f in full if f not in parts.values()]
+    if "train" not in parts or (others and len(parts) == 1 and not labelled_folders(parts["train"])[0]):
+        parts = {"train": root}  # "train" may also be a class of trains
+    elif others:
+        note(f"{root} is taken for a set in splits: {', '.join(others)} left out")
+    if split not in parts:
+        raise no_split("folder", split)
+    return parts[split]
 
 
 def array_file(path: Path) -> Source:
@@ -269,7 +287,8 @@ def array_file(path: Path) -> Source:
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None
     except ValueError:
-        raise UserError(f"{path} is no array of images: it takes uint8 (N, h, w, 1 or 3)") from None
+        what = damage(path) or "is no array of images"
+        raise UserError(f"{path} {what}: it takes uint8 (N, h, w, 1 or 3)") from None
     return Source(images, image_size=min(height, width), channels=channels)
 
 
@@ -347,7 +366,7 @@ def get_data(
         array, kept = decoded(images, cache_file, size, channels, workers or os.cpu_count() or 1)
     skipped = [str(images[i]) for i in np.setdiff1d(np.arange(len(images)), kept)]
     if skipped:
-        note(f"{len(skipped)} unreadable images were skipped:\n  " + "\n  ".join(skipped))
+        note_skipped(skipped)
         source = subset(source, kept)
     if not len(array):
         raise UserError(f"none of the {len(skipped)} images of {dataset} under {data_root} can be read")

@@ -8,7 +8,9 @@ from .errors import UserError, note
 from .files import read_csv
 from .images import class_folders, image_files, labelled_folders
 
-LAYOUTS = """accepted, each under --data-root or in a sub-folder of it whose name contains "car":
+SIGNS = ("names.csv", "cars_meta.mat", "train_perfect_preds.txt", "cars_train_annos.mat")
+LAYOUTS = """accepted, each under --data-root or in a sub-folder of it whose name contains "car", if most
+class names end in a year, or names.csv, anno_*.csv or devkit/ is there (--dataset folder takes any images):
   torchvision              Kaggle, by classes            Kaggle, doubled          by classes
   cars_train/00001.jpg     names.csv                     cars_train/              train/
   devkit/                  anno_train.csv                  cars_train/00001.jpg     <Class name>/*.jpg
@@ -71,10 +73,22 @@ def find_images(root: Path, split: str) -> tuple[Path, list[Path]]:
     parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
     candidates = [base / part for part in parts for base in bases]
     for images in candidates:
-        if image_files(images) or labelled_folders(images)[0]:
-            return images, [p for p in (images, *images.parents) if p.is_relative_to(top)]
+        near = [p for p in (images, *images.parents) if p.is_relative_to(top)]
+        if are_cars(images, near, split):
+            return images, near
     shown = "\n".join(f"  {p}" for p in candidates)
     raise UserError(f"no Stanford Cars ({split} split) under {root}; looked at\n{shown}\n{LAYOUTS}")
+
+
+def are_cars(folder: Path, near: list[Path], split: str) -> bool:
+    """Whether a folder has images that are of Stanford Cars by their names or the files beside them."""
+    flat, (files, _, classes) = image_files(folder), labelled_folders(folder)
+    if not flat and not files:
+        return False
+    by_year = [name for name in classes if re.search(r" (19|20)\d\d$", name)]
+    numbered = folder.name == f"cars_{split}" and any(re.fullmatch(r"\d{5}", path.stem) for path in flat)
+    beside = any(find_file(near, name) for name in (*SIGNS, f"anno_{split}.csv"))
+    return beside or numbered or 2 * len(by_year) > len(classes)
 
 
 def key(name: str) -> str:

@@ -140,7 +140,7 @@ def damage(path: Path) -> str | None:
     with open(path, "rb") as file:
         start = file.read(512).lstrip().lower()
     if not start:
-        return "is damaged: an empty file"
+        return "is damaged: an empty file (truncated)"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, which stands for the file (git lfs pull gets it)"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):

@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
+from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -12,29 +15,58 @@ from PIL import Image, ImageOps
 from .errors import UserError, note
 from .scenes import Scene
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+READ = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
+IMAGE_SUFFIXES = {*READ.split(), *".heic .heif .jxl .jp2 .tga .ico .svg .psd".split()}  # to be told of
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # Pillow runs no program to read these
+IMAGE_FORMATS += ["AVIF"] * bool(find_spec("PIL.AvifImagePlugin"))  # from Pillow 11.3 on
+NO_CLASSES = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations"}  # of folders
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}  # not the fault of an image file
 Picture = Path | Scene | np.ndarray  # what an image is made from; an array is uint8 (h, w) or (h, w, 1 or 3)
 
 
-def image_files(folder: Path, recursive: bool = False) -> list[Path]:
-    """The image files of a folder, sorted by path, without hidden files; [] where there is no folder."""
-    found = folder.glob("**/*" if recursive else "*")
-    files = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
-    return sorted(p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+def entries(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without hidden entries; [] where there is no folder, else UserError."""
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(
+            f"folder {folder} can't be read ({error.strerror}): allow it, or move it away"
+        ) from None
+
+
+def image_files(folder: Path, recursive: bool = False, above: tuple[str, ...] = ()) -> list[Path]:
+    """The image files of a folder, sorted by path, without hidden ones; links are followed, but in no circle.
+
+    A link to a file that is missing is among them, to be told of.
+    """
+    found, here = [], os.path.realpath(folder)
+    for path in entries(folder) if here not in above else ():
+        if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):
+            found.append(path)
+        elif recursive and path.is_dir():
+            found += image_files(path, True, (*above, here))
+    return found
 
 
 def class_folders(folder: Path) -> list[Path]:
     """The sub-folders of a folder, sorted by name, without hidden ones; [] where there is no folder."""
-    return sorted(p for p in folder.glob("*") if p.is_dir() and not p.name.startswith("."))
+    return [path for path in entries(folder) if path.is_dir()]
 
 
 def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """The files of `folder/<class>/**/*.jpg`, their labels and the class names, in alphabetical order."""
     files_of = {f.name: files for f in class_folders(folder) if (files := image_files(f, recursive=True))}
+    for name in [name for name in files_of if name.lower() in NO_CLASSES]:
+        note(f"{folder / name} is left out: its name is that of no class")
+        del files_of[name]
     labels = [label for label, files in enumerate(files_of.values()) for _ in files]
-    return [path for files in files_of.values() for path in files], labels, list(files_of)
+    names = [os.fsencode(name).decode(errors="backslashreplace") for name in files_of]  # perhaps not UTF-8
+    return [path for files in files_of.values() for path in files], labels, names
+
+
+CAPTION = '{"file_name": "image.png", "text": "a caption"}'
 
 
 def read_captions(path: Path) -> tuple[list[Path], list[str]]:
@@ -46,11 +78,19 @@ def read_captions(path: Path) -> tuple[list[Path], list[str]]:
             if line.strip():
                 entry = json.loads(line)
                 files.append(path.parent / entry["file_name"])
-                captions.append(str(entry["text"]))
+                captions.append("" + entry["text"])  # a TypeError where it is no text
         except (ValueError, KeyError, TypeError):
-            expected = '{"file_name": "image.png", "text": "a caption"}'
-            raise UserError(f"{path}, line {number}: expected {expected}") from None
+            raise UserError(f"{path}, line {number}: expected {CAPTION}") from None
     return files, captions
+
+
+def note_skipped(files: Sequence[str]) -> None:
+    """Tell of files that are missing, and of those that can't be read: their number, and the first few."""
+    missing = {file for file in files if not os.path.exists(file)}
+    for what, some in (("missing", sorted(missing)), ("unreadable", [f for f in files if f not in missing])):
+        if some:
+            more = [f"... and {len(some) - 5} more"] * (len(some) > 5)
+            note("\n  ".join([f"{len(some)} {what} images were skipped:", *some[:5], *more]))
 
 
 def open_image(image: Picture, size: int) -> Image.Image:

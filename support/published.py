@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .errors import UserError, first_line
-from .files import read_json
+from .files import damage, read_json
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 NAMES = (  # a pattern in their names, and the text for it in ours; attention has new and old names
@@ -24,10 +24,15 @@ NETWORK = {  # config.json, besides the fields of which several values are right
     **{"center_input_sample": False, "class_embed_type": None, "downsample_type": "conv", "freq_shift": 1},
     **{"time_embedding_type": "positional", "resnet_time_scale_shift": "default", "num_class_embeds": None},
     **{"add_attention": True, "attn_norm_num_groups": None, "downsample_padding": 0, "upsample_type": "conv"},
+    **{"mid_block_type": "UNetMidBlock2D"},
 }
 NOISE = {  # scheduler_config.json
     **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
-    **{"prediction_type": "epsilon", "trained_betas": None},
+    **{"prediction_type": "epsilon", "trained_betas": None, "clip_sample_range": 1},
+}
+FREE = {  # fields that change nothing here: of training, and of sampling, which has flags of its own
+    *("dropout", "num_train_timesteps", "clip_sample", "dynamic_thresholding_ratio", "sample_max_value"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
 }
 
 
@@ -92,7 +97,10 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     config = read_config(file.parent / "config.json")
     for folder in (file.parent, file.parent / ".." / "scheduler"):
         if (path := folder / "scheduler_config.json").is_file():
-            check_fields(path, read_json(path, "it has just been removed"), NOISE.items())
+            theirs = read_json(path, "it has just been removed")
+            variance = theirs.get("variance_type")  # of ddpm's sigma_t^2, which --variance sets
+            fixed = ("variance_type", variance if str(variance).startswith("fixed") else "fixed_small")
+            check_fields(path, theirs, [*NOISE.items(), fixed])
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
     for weight in weights.values() if isinstance(weights, dict) else [None]:
         dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
@@ -121,11 +129,21 @@ def read_config(path: Path) -> dict:
 
 
 def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, object]]) -> None:
-    """UserError for the first field that has another value than the one wanted; a field left out is right."""
+    """UserError for the first field with another value than the one wanted, or an unknown one that is set.
+
+    A field left out is right.
+    """
+    known = set(FREE)
     for name, wanted in wanted_fields:
+        known.add(name)
         if name in config and config[name] != wanted:
             what = f"{path}: {name} is {dumps(config[name])}"
             raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
+    for name, value in config.items():
+        if value not in (None, False) and name not in known and not name.startswith("_"):
+            raise UserError(
+                f"{path}: {name} is {dumps(value)}, which may change the numbers and is unknown here"
+            )
 
 
 def renamed(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
@@ -146,4 +164,5 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     except ImportError:
         raise UserError(f"{path} needs the package safetensors: pip install safetensors") from None
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is truncated or damaged ({first_line(error)}): get it again") from None
+        why = damage(path) or f"is truncated or damaged ({first_line(error)})"
+        raise UserError(f"{path} {why}: get it again") from None

@@ -101,8 +101,12 @@ def checkpoint_file(path: str | Path) -> Path:
     file = path / "ckpt.pt" if path.is_dir() else path
     if file.is_file():
         return file
-    if path.is_dir() and (path / "config.json").is_file():
-        raise UserError(f"{path} holds no weights: there is no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}")
+    inside = sorted([*path.glob("*"), *path.glob("unet/*")])
+    there = [p.name for p in inside if p.suffix in (".bin", ".safetensors")]
+    if path.is_dir() and (there or (path / "config.json").is_file()):
+        needed = f"{path} holds no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}"
+        cure = f", but {', '.join(there)}: rename an .fp16. file, save shards as one file" if there else ""
+        raise UserError(f"{needed}{cure}")
     raise UserError(f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt")
 
 

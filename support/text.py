@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .images import CAPTION
 from .settings import listed, setting, settings
 
 PAD, END = 0, 1  # the tokens that are no words: padding, and the end of every caption
@@ -69,19 +70,45 @@ def find_label(text: str, class_names: Sequence[str]) -> int:
     for wanted, names in ((text, class_names), (text.lower(), [name.lower() for name in class_names])):
         if wanted in names:
             return names.index(wanted)
+    count = len(class_names)
+    if all(map(str.isdecimal, class_names)) and list(class_names) != [str(k) for k in range(count)]:
+        raise UserError(f"{text!r} is no class of the model; its classes are {', '.join(class_names)}")
     if re.fullmatch(r"[+-]?[0-9]+", text):
-        if 0 <= int(text) < len(class_names):
+        if 0 <= int(text) < count:
             return int(text)
-        raise UserError(f"label {text} is out of range: the model's labels are 0 to {len(class_names) - 1}")
+        raise UserError(f"label {text} is out of range: the model's labels are 0 to {count - 1}")
     known = nearest(text, class_names)
     raise UserError(f"{text!r} is no class of the model; the nearest: {known} (or give its number)")
+
+
+def find_labels(parts: Sequence[str], class_names: Sequence[str]) -> list[int]:
+    """The labels that were typed with commas between them; a name with commas in it takes several parts."""
+    names, found = [", ".join(part.strip() for part in name.split(",")) for name in class_names], []
+    lower = {name.lower() for name in names}
+    while parts:
+        most = range(len(parts), 1, -1)
+        taken = next((n for n in most if ", ".join(parts[:n]).lower() in lower), 1)
+        found.append(find_label(", ".join(parts[:taken]), names))
+        parts = parts[taken:]
+    return found
+
+
+def lacks(data, name: str, what: str) -> UserError:
+    """That a data set has no labels, or no captions, and what to do."""
+    other, condition = ("captions", "text") if what == "labels" else ("labels", "label")
+    cure = "choose another --dataset"
+    if getattr(data, other) is not None:
+        cure = f"train it with --condition {condition}"
+    elif name == "folder":
+        cure = f"labels are read from sub-folders, one a class, captions from a metadata.jsonl of {CAPTION}"
+        cure += "; or choose another --dataset"
+    return UserError(f"data set {name} has no {what}: {cure}")
 
 
 def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
     """Labels (N,), names and labels of ten classes for previews, entries of a checkpoint; else UserError."""
     if data.labels is None:
-        cure = "train it with --condition text" if data.captions else "choose another --dataset"
-        raise UserError(f"data set {name} has no labels: {cure}")
+        raise lacks(data, name, "labels")
     shown = sorted({round(k * (len(data.class_names) - 1) / 9) for k in range(10)})
     return data.labels, [data.class_names[k] for k in shown], torch.tensor(shown), {}
 
@@ -89,8 +116,7 @@ def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
 def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
     """The same for captions: their tokens (N, L), in a vocabulary made from all of them."""
     if data.captions is None:
-        cure = "choose another --dataset" if data.labels is None else "train it with --condition label"
-        raise UserError(f"data set {name} has no captions: {cure}")
+        raise lacks(data, name, "captions")
     vocabulary, shown = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
     keep = {"vocabulary": asdict(vocabulary), "examples": shown}
     return vocabulary.encode(data.captions), shown, vocabulary.encode(shown), keep
@@ -111,7 +137,7 @@ def conditions(path: str, config: dict, wanted: ConditionSettings) -> tuple[list
         raise UserError(f"{path} was trained on images without labels: there is nothing to ask it for")
     if prompt:
         raise UserError("--prompt: this model was trained on labels: ask it with --labels, numbers or names")
-    chosen = [find_label(text, names) for text in labels] if labels else list(range(len(names)))
+    chosen = find_labels(labels, names) if labels else list(range(len(names)))
     return [names[label] for label in chosen], torch.tensor(chosen)
 
 

@@ -202,11 +202,12 @@ def test_cars_in_doubled_folders(get, tmp_path):
 
 
 def test_cars_in_plain_class_folders(get, tmp_path):
-    for name in ("B", "A"):
+    names = ["Acura RL Sedan 2012", "BMW M3 Coupe 2012"]
+    for name in names:
         save_image(tmp_path / "train" / name / "x.jpg")
-    save_image(tmp_path / "test/A/x.jpg")
+    save_image(tmp_path / "test" / names[0] / "x.jpg")
     save_image(tmp_path / "train/cover.jpg")  # a stray one
-    assert get("stanfordcars", tmp_path).class_names == ["A", "B"]
+    assert get("stanfordcars", tmp_path).class_names == names
     assert get("stanfordcars", tmp_path, split="test").labels.tolist() == [0]
 
 
