@@ -13,6 +13,7 @@ run's folder (or --out), and overwrites nothing. Read it with P2 (Choi et al. 20
 https://arxiv.org/abs/2204.00227) and Berkeley CS180, project 5.
 """
 
+import support.environment  # isort: skip  # noqa: F401 (before torch)
 import math
 import tempfile
 import textwrap

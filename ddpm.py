@@ -12,6 +12,7 @@ is the clean image. In formulas and names ab is short for alpha_bar.
     torchrun --nproc_per_node=4 ddpm.py ...                   train or sample on four GPUs
 """
 
+import support.environment  # isort: skip  # noqa: F401 (before torch)
 import math
 from functools import partial
 from itertools import pairwise
@@ -133,8 +134,11 @@ class Diffusion:
 
     # The times that a sampler visits.
 
-    def timesteps(self, steps: int) -> list[int]:
-        """[T, ..., 0], steps + 1 entries, as even as whole numbers can be; ValueError if not 1..T steps.
+    def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
+        """[T, ..., 0], steps + 1 entries, strictly decreasing; ValueError if not 1..T steps.
+
+        `spacing`: "even" in t, or "log_snr", which is even in log SNR down to t = 1, as whole numbers allow.
+        None is log_snr where even strides would end in a leap over much of the signal (docs/experiments.md).
 
         A network trained on T noise levels may be sampled in fewer steps: it learned to denoise each x_t by
         itself, and q(x_t | x_0) (eq. 4) is the same whatever steps lead to t. On any part of 1..T the same
@@ -143,7 +147,18 @@ class Diffusion:
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
-        return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
+        if (spacing or self.default_spacing()) == "even":
+            return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
+        log_snr, times = self.snr[1:].log(), [self.T]  # (T,), falls with t
+        wanted = torch.linspace(log_snr[-1], log_snr[0], steps, dtype=torch.float64)
+        nearest = 1 + (log_snr - wanted[1:, None]).abs().argmin(1)  # (steps - 1,)
+        for left, t in zip(range(steps - 1, 0, -1), nearest.tolist(), strict=True):
+            times.append(max(left, min(t, times[-1] - 1)))  # all differ, and `left` of them are to come
+        return [*times, 0]
+
+    def default_spacing(self) -> str:
+        """log_snr where the last of 20 even strides would begin at an SNR below 25."""
+        return "log_snr" if self.snr[at(50, self.T)] < 25 else "even"
 
     def strides(self, x: Tensor, timesteps):
         """For each stride t -> s of a list of timesteps: t (B,) and s (B,), alpha_bar_t and alpha_bar_s."""
@@ -290,6 +305,7 @@ VARIANCES = ("posterior", "beta")
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps, also with --prediction v (default: plain MSE on the prediction; p2 for shapes)"""
 PREDICTION = "network's output: %(choices)s (default: v; eps for shapes)"
+SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
 
 
@@ -311,6 +327,7 @@ class SamplerSettings:  # also of the previews while training
     eta: float = setting(0.0, "0 adds no fresh noise, 1 as much as DDPM", "E", real(0, 1), of="sampler=ddim")
     variance: str = setting("posterior", "sigma_t^2: %(choices)s", choices=VARIANCES, of="sampler=ddpm")
     runge_kutta: bool = setting(False, "begin with three Runge-Kutta strides", of="sampler=pndm")
+    spacing: str | None = setting(None, SPACING, "NAME", choices=["even", "log_snr"])
     no_clip: bool = setting(False, "do not clip x_0 to [-1, 1] in each stride")
 
 
@@ -364,7 +381,7 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
     x_T, generators = numbered_noise(numbers, shape, seed)  # line 1: x_T ~ N(0, I)
     if not settings.no_clip:
         eps_theta = clip_x_0(diffusion, eps_theta)  # not in the papers' algorithms: keeps x_0 in range
-    sampler, timesteps = make_sampler(settings), diffusion.timesteps(settings.sample_steps)
+    sampler, timesteps = make_sampler(settings), diffusion.timesteps(settings.sample_steps, settings.spacing)
     return sampler(diffusion, eps_theta, x_T.to(device), timesteps, generators)  # lines 2 to 6
     # End
 
@@ -450,6 +467,9 @@ def make_diffusion(config: dict) -> Diffusion:
     if diffusion.alpha_bar[-1] > 2e-3:
         left = f"leaves {diffusion.signal[-1]:.1%} of the signal at t = T"
         note(f"schedule {config['schedule']} {left}, and sampling starts from noise without any signal")
+    if diffusion.signal[-1] < 1e-6:
+        left = f"only {diffusion.signal[-1]:.0e} of the signal, which float32 can't resolve"
+        note(f"at t = T schedule {config['schedule']} leaves {left}: ask for more --noise-steps")
     return diffusion
 
 
@@ -494,7 +514,7 @@ def run_sampling(command: Command) -> None:
     settings = settle_sampler(command, config, diffusion.T)
     made = runs.made_with({**vars(settings), "seed": seed}, config, net)
     plan = Plan(config, output, command["batch_size"], made, processes)
-    film = plan.film(diffusion.timesteps(settings.sample_steps))
+    film = plan.film(diffusion.timesteps(settings.sample_steps, settings.spacing))
     speed_up_sampling(net, command[MachineSettings], device)
 
     def draw(numbers, bar: tqdm) -> tuple[Tensor, list[Tensor]]:

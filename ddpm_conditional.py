@@ -10,6 +10,7 @@ Nichol 2021, https://arxiv.org/abs/2105.05233) and GLIDE (Nichol et al. 2021, ht
     python ddpm_conditional.py --task classifier                         for --guidance classifier
 """
 
+import support.environment  # isort: skip  # noqa: F401 (before torch)
 from functools import partial
 from pathlib import Path
 
@@ -298,7 +299,7 @@ def run_sampling(command: Command) -> None:
     names, y = conditions(path, config, wanted)
     making = {**vars(settings), **vars(guidance), **vars(wanted), **vars(how), "sample": each, "seed": seed}
     plan = Plan(config, output, command["batch_size"], runs.made_with(making, config, net), processes, names)
-    film = plan.film(diffusion.timesteps(settings.sample_steps))
+    film = plan.film(diffusion.timesteps(settings.sample_steps, settings.spacing))
     speed_up_sampling(net, command[MachineSettings], device)
 
     def draw(numbers, bar: tqdm, scale: float) -> tuple[Tensor, list[Tensor]]:

@@ -17,6 +17,7 @@ edit works with every sampler and every guidance of the other scripts. Papers, a
 list, `x` and `x_0` are images (B, C, H, W), x_0 in [-1, 1], and `generator` is one, or a list of one each.
 """
 
+import support.environment  # isort: skip  # noqa: F401 (before torch)
 import re
 from collections import namedtuple
 from dataclasses import make_dataclass
@@ -340,7 +341,8 @@ class Model:
         self.classifier = path and ddpm_conditional.load_classifier(path, self.config, self.device, same)
         self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
         T, steps = self.diffusion.T, self.sampling.sample_steps
-        self.timesteps = self.diffusion.timesteps(steps) if steps else ddpm.strided_timesteps(T)
+        spacing = self.sampling.spacing
+        self.timesteps = self.diffusion.timesteps(steps, spacing) if steps else ddpm.strided_timesteps(T)
         self.sampling.sample_steps = steps = len(self.timesteps) - 1
         shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
         self.watched = lambda eps_theta, bar: Watched(eps_theta, T, bar, shown)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -286,7 +287,7 @@ def array_file(path: Path) -> Source:
             raise ValueError
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-    except ValueError:
+    except (ValueError, EOFError, AttributeError, BadZipFile):
         what = damage(path) or "is no array of images"
         raise UserError(f"{path} {what}: it takes uint8 (N, h, w, 1 or 3)") from None
     return Source(images, image_size=min(height, width), channels=channels)

@@ -134,7 +134,7 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     if processes.rank > 0:
         return
     last_grid = run / "samples" / f"epoch_{training.epochs:04d}.png"
-    if not last_grid.is_file():  # the run was killed after its last step
+    if not last_grid.is_file() and trainer.steps < trainer.first_step:  # it was killed after its last step
         trainer.draw_preview(training.epochs)
     for name, path in (("samples", last_grid), ("log", run / "log.csv"), ("checkpoint", run / "ckpt.pt")):
         if path.is_file():

@@ -88,7 +88,7 @@ def read_pickle(path: Path, instead: str) -> object:
     except Exception as error:  # torch, zipfile and pickle each have their own
         if is_out_of_memory(error):
             raise
-        unsafe = isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower()
+        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
         why = "holds Python objects, which could run code" if unsafe else "is damaged or no PyTorch file"
         raise UserError(f"checkpoint {path} was not loaded: it {damage(path) or why}; {instead}") from None
 
