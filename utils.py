@@ -17,7 +17,7 @@ from support import cars, scenes
 from support.cache import decoded, decoded_now, fingerprint
 from support.errors import UserError, note
 from support.files import damage
-from support.images import READ, class_folders, image_files, labelled_folders, note_skipped, read_captions
+from support.images import READ, image_files, labelled_folders, note_skipped, read_captions, splits_of
 from support.settings import COUNT, setting, settings
 
 HERE = Path(__file__).resolve().parent  # the folder of the project
@@ -242,7 +242,9 @@ def folder(root: Path, split: str) -> Source:
     if not root.is_dir():
         what = "is a file (unpack an archive; save an array as .npy)" if root.exists() else "does not exist"
         raise UserError(f"folder {root} {what}: name a folder of images with --data-root")
-    root = of_split(root, split)
+    root = splits_of(root).get(split)
+    if root is None:
+        raise no_split("folder", split)
     flat, (files, labels, class_names) = image_files(root), labelled_folders(root)
     if (root / "metadata.jsonl").is_file():
         listed, captions = read_captions(root / "metadata.jsonl")
@@ -258,24 +260,6 @@ def folder(root: Path, split: str) -> Source:
     if source.captions is None and (text := next((path for path in texts if path.is_file()), None)):
         note(f"{text} is not read: captions are read from metadata.jsonl")
     return source
-
-
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
-
-
-def of_split(root: Path, split: str) -> Path:
-    """The sub-folder of a split, or `root` where it has no splits; UserError where one has no such split."""
-    full = [folder for folder in class_folders(root) if image_files(folder, recursive=True)]
-    parts = {SPLITS[f.name.lower()]: f for f in full if f.name.lower() in SPLITS}
-    others = [f.name for f in full if f not in parts.values()]
-    if "train" not in parts or (others and len(parts) == 1 and not labelled_folders(parts["train"])[0]):
-        parts = {"train": root}  # "train" may also be a class of trains
-    elif others:
-        note(f"{root} is taken for a set in splits: {', '.join(others)} left out")
-    if split not in parts:
-        raise no_split("folder", split)
-    return parts[split]
 
 
 def array_file(path: Path) -> Source:
@@ -352,6 +336,8 @@ def get_data(
         raise UserError(f"unknown split {split!r}: choose train or test")
     drawn = {"count": limit} if dataset == "shapes" and limit else {}
     source = DATASETS[dataset](Path(data_root), split, **drawn)
+    if not len(source.images):
+        raise UserError(f"there are no images of {dataset} under {data_root}")
     if limit is not None and not drawn:
         source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
     size, channels = image_size or source.image_size, channels or source.channels

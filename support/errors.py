@@ -35,15 +35,15 @@ def first_line(error: BaseException) -> str:
 NO_MEMORY = (  # in the words of CUDA, cuBLAS, cuDNN, MPS, and of PyTorch, oneDNN and the system on a CPU
     *("out of memory", "alloc_failed", "invalid buffer size", "not enough memory", "bad_alloc"),
     *("can't allocate memory", "cannot allocate memory", "failed to allocate", "unable to allocate"),
+    *("could not create a memory", "could not execute a primitive", "could not create a primitive\n"),
 )
-ONEDNN = ("could not create a primitive", "could not create a memory object", "could not execute a primitive")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so: one of Python, of PyTorch, of the libraries it calls, or of the system."""
     named = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    said = str(error).lower() if isinstance(error, (RuntimeError, OSError)) else ""
-    return named or any(words in said for words in NO_MEMORY) or said in ONEDNN
+    said = f"{error}\n".lower() if isinstance(error, (RuntimeError, OSError)) else ""
+    return named or any(words in said for words in NO_MEMORY)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -28,7 +28,7 @@ except ImportError:  # Windows, which removes no file that is open
     fcntl = None
 
 TEMPORARY = re.compile(r"[0-9a-f]{8}\..+\.tmp")
-WAITS = (0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before each try to replace a file
+WAITS = (0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before each try: a virus scanner may have the file open
 
 
 @contextmanager
@@ -45,7 +45,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())  # on the disk before the name points to it
             if not fcntl:
                 file.close()
-            replace(file.name, path)
+            for wait in WAITS:
+                time.sleep(wait)
+                try:
+                    os.replace(file.name, path)
+                    break
+                except OSError as error:
+                    if wait == WAITS[-1] or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                        raise
     except BaseException as error:
         Path(file.name).unlink(missing_ok=True)
         if isinstance(error, OSError) and not error.filename:  # a full disk does not say which file
@@ -72,19 +79,6 @@ def remove_leftovers(*folders: Path) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
             path.unlink(missing_ok=True)
-
-
-def replace(temporary: str, path: Path) -> None:
-    """os.replace, tried for six seconds: a virus scanner or a spreadsheet may have the file open."""
-    for wait in WAITS:
-        time.sleep(wait)
-        try:
-            return os.replace(temporary, path)
-        except OSError as error:
-            failed = error
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # waiting does not help
-                break
-    raise failed
 
 
 def new_path(path: Path, suffix: str = "") -> Path:

@@ -31,9 +31,7 @@ def entries(folder: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise UserError(
-            f"folder {folder} can't be read ({error.strerror}): allow it, or move it away"
-        ) from None
+        raise UserError(f"folder {folder} can't be read ({error.strerror}): allow it, or move it") from None
 
 
 def image_files(folder: Path, recursive: bool = False, above: tuple[str, ...] = ()) -> list[Path]:
@@ -64,6 +62,22 @@ def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     labels = [label for label, files in enumerate(files_of.values()) for _ in files]
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in files_of]  # perhaps not UTF-8
     return [path for files in files_of.values() for path in files], labels, names
+
+
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
+
+
+def splits_of(root: Path) -> dict[str, Path]:
+    """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others."""
+    full = [folder for folder in class_folders(root) if image_files(folder, recursive=True)]
+    parts = {SPLITS[f.name.lower()]: f for f in full if f.name.lower() in SPLITS}
+    others = [f.name for f in full if f not in parts.values()]
+    if "train" not in parts or (others and len(parts) == 1 and not labelled_folders(parts["train"])[0]):
+        return {"train": root}  # "train" may also be a class of trains
+    if others:
+        note(f"{root} is taken for a set in splits: {', '.join(others)} left out")
+    return parts
 
 
 CAPTION = '{"file_name": "image.png", "text": "a caption"}'

@@ -129,10 +129,7 @@ def read_config(path: Path) -> dict:
 
 
 def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, object]]) -> None:
-    """UserError for the first field with another value than the one wanted, or an unknown one that is set.
-
-    A field left out is right.
-    """
+    """UserError for the first field that has another value than the one wanted, or is unknown and set."""
     known = set(FREE)
     for name, wanted in wanted_fields:
         known.add(name)
@@ -141,9 +138,7 @@ def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, ob
             raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
     for name, value in config.items():
         if value not in (None, False) and name not in known and not name.startswith("_"):
-            raise UserError(
-                f"{path}: {name} is {dumps(value)}, which may change the numbers and is unknown here"
-            )
+            raise UserError(f"{path}: {name} is {dumps(value)}, which is unknown here: it may change numbers")
 
 
 def renamed(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
