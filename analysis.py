@@ -75,6 +75,7 @@ class Settings:
     sampler: str | None = setting(None, "%(choices)s (default: as in previews)", "NAME", choices=SAMPLERS)
     samplers: list = setting([*SAMPLERS], f"some of {', '.join(SAMPLERS)}", "LIST", listed(str, SAMPLERS))
     sample_steps: int = setting(50, "strides from t = T to 0, at most T", "N", COUNT)
+    spacing: str | None = setting(None, ddpm.SPACING, "NAME", choices=["even", "log_snr"])
     draws: int = setting(4, "number of draws by ddpm from one x_t", "K", whole(2))
     samples: int | None = setting(None, "samples to measure (default: up to half of the images)", "N", COUNT)
     full: bool = setting(False, "measure quality above 50 steps as well")
@@ -255,7 +256,8 @@ def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None
         for batch in torch.tensor(numbers).split(settings.batch_size):
             x_T, generators = numbered_noise(batch.tolist(), shape, settings.seed)
             watched = Watched(denoiser_of(batch), diffusion.T, bar)
-            x_0 = sampler(diffusion, watched, x_T.to(model.device), diffusion.timesteps(steps), generators)
+            timesteps = diffusion.timesteps(steps, getattr(settings, "spacing", None))
+            x_0 = sampler(diffusion, watched, x_T.to(model.device), timesteps, generators)
             done.append(x_0.clamp(-1, 1).cpu())
     return torch.cat(done), watched.evaluations
 
@@ -725,7 +727,7 @@ def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
     return eps_theta_on_schedule
 
 
-@study("samplers schedules samples full classifier batch_size", 1, 1)
+@study("samplers schedules spacing samples full classifier batch_size", 1, 1)
 def samplers(settings: Settings, model: Model) -> Result:
     """The same starting noise through every sampler in 5 to T steps, and on other schedules.
 

@@ -147,18 +147,15 @@ class Diffusion:
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
-        if (spacing or self.default_spacing()) == "even":
+        if (spacing or ("log_snr" if self.snr[at(50, self.T)] < 25 else "even")) == "even":
             return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
         log_snr, times = self.snr[1:].log(), [self.T]  # (T,), falls with t
-        wanted = torch.linspace(log_snr[-1], log_snr[0], steps, dtype=torch.float64)
+        low = max(log_snr[-1].item(), math.log(1e-3))  # below it x_t is noise, and one stride will do
+        wanted = torch.linspace(low, log_snr[0].item(), steps, dtype=torch.float64)
         nearest = 1 + (log_snr - wanted[1:, None]).abs().argmin(1)  # (steps - 1,)
         for left, t in zip(range(steps - 1, 0, -1), nearest.tolist(), strict=True):
             times.append(max(left, min(t, times[-1] - 1)))  # all differ, and `left` of them are to come
         return [*times, 0]
-
-    def default_spacing(self) -> str:
-        """log_snr where the last of 20 even strides would begin at an SNR below 25."""
-        return "log_snr" if self.snr[at(50, self.T)] < 25 else "even"
 
     def strides(self, x: Tensor, timesteps):
         """For each stride t -> s of a list of timesteps: t (B,) and s (B,), alpha_bar_t and alpha_bar_s."""
@@ -330,6 +327,9 @@ class SamplerSettings:  # also of the previews while training
     spacing: str | None = setting(None, SPACING, "NAME", choices=["even", "log_snr"])
     no_clip: bool = setting(False, "do not clip x_0 to [-1, 1] in each stride")
 
+    def __str__(self) -> str:  # in captions
+        return f"{self.sampler} {self.sample_steps} steps" + f", {self.spacing}" * bool(self.spacing)
+
 
 def make_sampler(settings: SamplerSettings):
     """The sampler that the settings name, with the options that belong to it."""
@@ -396,8 +396,7 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
     def preview(net, epoch: int, path: Path) -> None:
         eps_theta, how = diffusion.denoiser(net), (shape, settings, config["seed"], device)
         x_0 = torch.cat([sample(diffusion, eps_theta, part.tolist(), *how).cpu() for part in numbers])
-        caption = f"{config['dataset']}, epoch {epoch}, {settings.sampler} {settings.sample_steps} steps"
-        save_picture(make_grid(x_0, caption), path)
+        save_picture(make_grid(x_0, f"{config['dataset']}, epoch {epoch}, {settings}"), path)
 
     return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images)
 
@@ -522,7 +521,7 @@ def run_sampling(command: Command) -> None:
         x_0 = sample(diffusion, eps_theta, numbers, plan.shape, settings, seed, device).cpu()
         return x_0, list(eps_theta.kept.values())
 
-    caption = f"{runs.model_name(config)}, {settings.sampler} {settings.sample_steps} steps, seed {seed}"
+    caption = f"{runs.model_name(config)}, {settings}, seed {seed}"
     plan.draw_grids({1.0: draw}, caption, f"{settings.sampler}_{settings.sample_steps}_seed{seed}.png")
 
 

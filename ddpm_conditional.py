@@ -281,7 +281,7 @@ def described(settings: SamplerSettings, guidance: GuidanceSettings, kind: str =
     options = (interval, guidance.guidance_rescale, guidance.dynamic_threshold)
     named = zip(("interval", "rescale", "threshold"), options, strict=True)
     chosen = [f"{name} {value}" for name, value in named if value]
-    return ", ".join([f"{settings.sampler} {settings.sample_steps} steps", f"{kind} guidance", *chosen])
+    return ", ".join([f"{settings}", f"{kind} guidance", *chosen])
 
 
 def run_sampling(command: Command) -> None:

@@ -673,7 +673,7 @@ def main() -> None:
     shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}  # settings in the caption
     names = [name for name in (*flags.split(), "no_clip") if name in shown]
     own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
-    made = f"{command['sampler']} {command['sample_steps']} steps"
+    made = f"{model.sampling}"
     if model.y is not None:
         scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
         made = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +45,7 @@ from utils import get_data
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 YARDSTICK = dict(width=64, multipliers=[1, 2, 4, 4], blocks=2, attention=[2, 3])  # at 64x64, batch 12
 GROWTH = 4  # from one batch to the next
+SPIN = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}  # as support/environment.py has them
 PARTS = ("data", "forward", "backward", "optimizer", "EMA", "logging")
 
 
@@ -375,6 +377,43 @@ def alternatives(device: torch.device) -> list[dict]:
     return rows
 
 
+TRAINS = """
+import sys, time
+import benchmark, torch
+size, seconds = int(sys.argv[1]), float(sys.argv[2])
+batch = benchmark.defaults(size)["batch_size"]
+step = benchmark.Training(size, batch, torch.device("cpu"), "fp32").step
+print(batch / benchmark.seconds_each(step, torch.device("cpu"), seconds))
+"""
+
+
+def busy(size: int, seconds: float) -> dict:
+    """Training on the CPU alone, and beside a program that computes on every core: two settings of OpenMP.
+
+    Its own setting lets idle threads spin for long; that of support/environment.py bounds it.
+    """
+    here = Path(__file__).resolve().parent
+    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", *SPIN)}
+    found = {}
+    for company in ("alone", "in company"):
+        loops = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            for _ in range((company != "alone") * (os.cpu_count() or 1))
+        ]
+        try:
+            for name, own in (("OpenMP's own", {}), ("bounded", SPIN)):
+                command = [sys.executable, "-c", TRAINS, str(size), str(seconds)]
+                run = subprocess.run(command, env=clean | own, cwd=here, capture_output=True, text=True)
+                found[name, company] = float(run.stdout)
+        finally:
+            for loop in loops:
+                loop.kill()
+    row = {"size": size} | {f"{name}, {where} (img/s)": rate for (name, where), rate in found.items()}
+    for company in ("alone", "in company"):
+        row[f"bounded / own, {company}"] = found["bounded", company] / found["OpenMP's own", company]
+    return row
+
+
 def scale(counts: list[int], device: torch.device, folder: str | None) -> list[dict]:
     """Images a second and memory of reading batches of 64 from a generated file of so many 64x64 images."""
     rows = []
@@ -469,6 +508,9 @@ def main() -> None:
         show(found["breakdown"], quiet=args.json)
         found["alternatives"] = alternatives(device)
         show(found["alternatives"], quiet=args.json)
+        if device.type == "cpu":
+            found["busy"] = [busy(size, 4 * args.seconds) for size in args.sizes if size <= 64]
+            show(found["busy"], quiet=args.json)
         how = (args.sizes, args.seconds, args.longest, not args.no_compile)
         found["speed"] = speed(*how, device, rates, args.json)
     if args.json:

@@ -152,7 +152,8 @@ def test_error_against_the_exact_flow_falls(name, schedule):
         diffusion = Diffusion(1000, schedule, prediction)
         x = start(diffusion)
         exact = exact_flow(diffusion, x, 1000, 0)
-        return [(sample(name, diffusion, x, diffusion.timesteps(n)) - exact).abs().max() for n in steps]
+        ways = [diffusion.timesteps(n, "even") for n in steps]
+        return [(sample(name, diffusion, x, way) - exact).abs().max() for way in ways]
 
     for prediction in PREDICTIONS:
         few, more = errors(prediction, 5, 50)
@@ -160,6 +161,52 @@ def test_error_against_the_exact_flow_falls(name, schedule):
     few, more = errors(prediction, 50, 1000)
     assert more < 0.8 * few
     assert more < (0.3 if schedule == "laplace" else 0.1)  # laplace begins with a jump to snr = 22
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "T, steps", [(1000, 1), (1000, 2), (1000, 20), (1000, 999), (1000, 1000), (7, 5), (2, 2)]
+)
+def test_timesteps_fall_from_T_to_0_with_any_spacing(schedule, T, steps):
+    diffusion = Diffusion(T, schedule)
+    for spacing in ("even", "log_snr", None):
+        times = diffusion.timesteps(steps, spacing)
+        assert len(times) == steps + 1 and times[0] == T and times[-1] == 0
+        assert all(t > s for t, s in pairwise(times)) and all(type(t) is int for t in times)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_log_snr_strides_are_even_in_log_snr(schedule):
+    """From SNR 0.001, below which x_t is noise, to t = 1, as far as there are whole numbers between."""
+    diffusion, steps = Diffusion(100_000, schedule), 12
+    times, log_snr = diffusion.timesteps(steps, "log_snr"), diffusion.snr.log()
+    start, end = max(log_snr[-1].item(), math.log(1e-3)), log_snr[1].item()
+    for i, t in enumerate(times[1:-1], start=1):
+        wanted = start + (end - start) * i / (steps - 1)
+        assert min(log_snr[t - 1], end) + 1e-9 >= wanted >= log_snr[min(t + 1, 100_000)] - 1e-9
+
+
+def test_the_spacing_of_a_schedule():
+    """Strides even in t, but not where the last of 20 would be a leap, from an SNR below 25 to the image."""
+    needs_it = {schedule for schedule in SCHEDULES if Diffusion(1000, schedule).snr[50] < 25}
+    assert needs_it >= {"constant", "jsd", "laplace"} and not needs_it & {"cosine", "linear"}
+    for schedule in SCHEDULES:
+        diffusion = Diffusion(1000, schedule)
+        spacing = "log_snr" if schedule in needs_it else "even"
+        assert diffusion.timesteps(20) == diffusion.timesteps(20, spacing)
+    assert Diffusion().timesteps(4) == [1000, 750, 500, 250, 0]
+
+
+@pytest.mark.parametrize("schedule, least", [("constant", 5), ("jsd", 1.4), ("laplace", 1.6)])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_schedule_that_needs_it_comes_nearer_to_the_exact_flow(name, schedule, least):
+    """In 20 strides, on N(0.3, 0.5^2). Where the last stride remains a leap, as laplace's, less is gained."""
+    diffusion = Diffusion(1000, schedule)
+    x = start(diffusion)
+    exact = exact_flow(diffusion, x, 1000, 0)
+    ways = diffusion.timesteps(20, "even"), diffusion.timesteps(20)
+    even, spaced = ((sample(name, diffusion, x, way) - exact).abs().mean() for way in ways)
+    assert spaced < even / least
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
