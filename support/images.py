@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .errors import UserError, note
+from .files import damage
 from .scenes import Scene
 
 READ = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .avif"
@@ -59,6 +60,9 @@ def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     for name in [name for name in files_of if name.lower() in NO_CLASSES]:
         note(f"{folder / name} is left out: its name is that of no class")
         del files_of[name]
+    for path in entries(folder):
+        if path.is_symlink() and not path.exists() and path.suffix.lower() not in IMAGE_SUFFIXES:
+            note(f"{path} is left out: what it links to is missing")
     labels = [label for label, files in enumerate(files_of.values()) for _ in files]
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in files_of]  # perhaps not UTF-8
     return [path for files in files_of.values() for path in files], labels, names
@@ -104,7 +108,9 @@ def note_skipped(files: Sequence[str]) -> None:
     for what, some in (("missing", sorted(missing)), ("unreadable", [f for f in files if f not in missing])):
         if some:
             more = [f"... and {len(some) - 5} more"] * (len(some) > 5)
-            note("\n  ".join([f"{len(some)} {what} images were skipped:", *some[:5], *more]))
+            why = damage(Path(some[0])) if what == "unreadable" else None
+            which = f" (the first one {why})" if why else ""
+            note("\n  ".join([f"{len(some)} {what} images were skipped{which}:", *some[:5], *more]))
 
 
 def open_image(image: Picture, size: int) -> Image.Image:

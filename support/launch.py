@@ -1,6 +1,7 @@
 """A training run from its settings to its last sample grid."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -57,8 +58,8 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
 
 
 def at_once(config: dict) -> int:
-    """The number of images that go through the network together in training, and so in its previews."""
-    return max(1, config["batch_size"] // config["accumulate"])
+    """The number of images that a process trains on together, and so draws together in its previews."""
+    return max(1, config["batch_size"] // (config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def load_data(command: Command, get_data: Callable, narrow: bool):

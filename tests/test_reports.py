@@ -188,6 +188,9 @@ def test_previews_do_not_depend_on_the_batch_size(cli, conditional):
     """Images are drawn --batch-size at a time, fewer with --accumulate; each starts from its own noise."""
     assert launch.at_once({"batch_size": 12, "accumulate": 4}) == 3
     assert launch.at_once({"batch_size": 2, "accumulate": 4}) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert launch.at_once({"batch_size": 64, "accumulate": 1}) == 32
     for script, name in ((cli, "ddpm"), (conditional, "ddpm_conditional")):
         drawn = []
         for size in (10**6, 7):
@@ -554,6 +557,20 @@ def test_damaged_data_say_what_they_are(cli, tmp_path, what):
     assert what in error_line(cli(*SAMPLE, folder))
     (tmp_path / "a.npy").write_bytes(DAMAGED[what])
     assert what in error_line(cli(*TINY, "--dataset", "folder", "--data-root", "a.npy"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(DAMAGED[what])
+    result = cli(*TINY, "--dataset", "folder", "--data-root", "in")
+    assert result.code == 2 and f"the first one is {'damaged: ' * (what == 'empty file')}a" in result.err
+
+
+JUNK = [b"\x1f\x8b\x08\0\0", b"\x89PNG\r\n\x1a\n", b'{"a": 1}', b"hello", bytes(100), b"\x93NUMPY\x01"]
+
+
+@pytest.mark.parametrize("content", JUNK)
+def test_other_files_are_not_said_to_run_code(cli, tmp_path, content):
+    (tmp_path / "x.pt").write_bytes(content)
+    line = error_line(cli(*SAMPLE, "x.pt"))
+    assert "is damaged or no PyTorch file" in line and "run code" not in line
 
 
 # 11. Links and folders that can't be read -------------------------------------------------------------------
@@ -568,9 +585,11 @@ def test_linked_folders_are_read_and_circles_end(tmp_path, capsys):
     (tmp_path / "in/cat/self").symlink_to(tmp_path / "in/cat")
     (tmp_path / "in/cow").symlink_to(tmp_path / "store")
     (tmp_path / "in/dog/gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "in/eel").symlink_to(tmp_path / "nowhere")
     data = utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
     assert data.class_names == ["cat", "cow", "dog"] and data.labels.bincount().tolist() == [12, 10, 1]
-    assert "1 missing images" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "1 missing images" in err and "eel is left out" in err
 
 
 def test_a_class_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
