@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ class Trainer:
         if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
             compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
         bf16 = use_bf16(machine.precision, device, net)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, bf16)
+        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
         if bf16:
             net.forward = self.autocast(net.forward)
         self.net = net  # the network to be called
@@ -218,8 +219,9 @@ class Trainer:
                 file.write(buffer.getbuffer())
         except OSError as error:
             left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
-            locked = "close the program that has it open" if path.is_file() else "choose another --runs"
-            cure = locked if isinstance(error, PermissionError) else "make room, or choose another --runs"
+            cure = "make room, or choose another --runs"
+            if isinstance(error, PermissionError):
+                cure = "close the program that has it open, or allow writing, or choose another --runs"
             raise UserError(f"can't write {path}: {error.strerror}; {left}: {cure}") from None
 
     def resume(self, checkpoint: dict) -> None:
