@@ -11,8 +11,8 @@ typed beside --sample, or "only" there. `settings` takes what all fields of a cl
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from typing import NoReturn
@@ -53,8 +53,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with errors of one line; with PLAIN it holds only what was typed, and its help is wide."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
@@ -156,21 +155,17 @@ class Command:
         self.settle({name: value for name, value in config.items() if name in self.config()})
 
 
-# Types of flags, for argparse
-
-
+# Types of flags, for argparse.
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
     """A number of the kind int or float in [low, high], or in (low, high] if `above`."""
     name = "a whole number" if kind is int else "a number"
     span = (f"above {low:g}" if above else f"of at least {low:g}") + f", at most {high:g}" * (high < math.inf)
 
     def parse(text: str) -> float:
-        try:
+        with suppress(ValueError):
             value = kind(text)
             if low <= value <= high and math.isfinite(value) and not (above and value == low):
                 return value
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError(f"{text!r}: expected {name} {span}")
 
     return parse
