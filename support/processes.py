@@ -35,8 +35,6 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """For each of several conditions, whether it holds in any process."""
-        if self.count == 1:
-            return list(here)
         return (self.add(torch.tensor(here, dtype=torch.int32)) > 0).tolist()
 
     def barrier(self) -> None:
@@ -62,9 +60,6 @@ class Processes:
             self.barrier()
 
 
-TIMEOUT = timedelta(hours=2)  # the others wait so long for the first one, which decodes and draws previews
-
-
 def join_processes(device: torch.device) -> Processes:
     """Join the process group if torchrun started this process; UserError where that fails."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -77,9 +72,10 @@ def join_processes(device: torch.device) -> Processes:
             instead = "; --device cpu needs gloo instead" if backend == "nccl" else ""
             raise UserError(f"this PyTorch has no {backend}, which processes on {device.type} need{instead}")
     if not group.is_initialized():
+        by = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        wait = timedelta(hours=2)  # for the first process, which decodes and draws previews
         try:
-            by = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            group.init_process_group(by, timeout=TIMEOUT)
+            group.init_process_group(by, timeout=wait)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes could not meet: {first_line(error)}") from None
     return Processes(group.get_rank(), group.get_world_size())
