@@ -117,10 +117,9 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     if resume:
         wanted = runs.checkpoint_file(place.resume).parent
         runs.check_resumable(place.resume, resume, keep, training.epochs, loader.batches)
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
     several = f", {processes.count} processes" if processes.count > 1 else ""
     print(f"data     {dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}")
-    print(f"network  {parameters:.2f} M parameters, on {device}{several}")
+    print(f"network  {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, on {device}{several}")
     with runs.open_run(wanted, resume is not None, config, processes) as run:
         print(f"results  in {run}/")
 

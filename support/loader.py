@@ -36,13 +36,12 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of an epoch from number `start` on: x_0 (B, C, H, W) in [-1, 1], and y (B, ...) or None."""
         generator, n, where = seeded_generator(self.seed, epoch), len(self.images), self.images.device
-        rank, count = self.processes.rank, self.processes.count
         large, pin = self.images.numel() > MAPPED, not self.resident and self.device.type == "cuda"
         order = self.shuffled(generator) if large else torch.randperm(n, generator=generator)
         batches = order.to(where).split(self.batch_size)[start:]
         mirrored = torch.rand(n, generator=generator).to(where) < 0.5
         # Every process needs an image; one that has no share of a batch gets any, and gives it weight 0.
-        shares = (index[rank % len(index) :: count] for index in batches)
+        shares = (index[self.processes.rank % len(index) :: self.processes.count] for index in batches)
         parts = [self.images, mirrored] if self.y is None else [self.images, mirrored, self.y]
         slices = ([part[i].pin_memory() if pin else part[i] for part in parts] for i in shares)
         for images, mirror, *y in slices if self.resident else ahead(slices):
