@@ -129,11 +129,10 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     stems = chain([study], (f"{study}_{n}" for n in count(2)))
     named = ({kind: folder / f"{stem}{end}" for kind, end in ends.items()} for stem in stems)
     files = next(files for files in named if not any(file.exists() for file in files.values()))
+    panels = [panel for part in result.figure if isinstance(part, Chart) for panel in part.panels]
     points = [
         {"chart": panel.title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}
-        for chart in result.figure
-        if isinstance(chart, Chart)
-        for panel in chart.panels
+        for panel in panels
         for name, columns in panel.curves.items()
         for point in zip(*columns, strict=True)
     ]
@@ -177,7 +176,6 @@ def write_report(path: Path, pages: Sequence) -> Path:
     """Write pages as a PDF, under that name or the next free one."""
     from matplotlib.backends.backend_pdf import PdfPages
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     path = new_path(path, ".pdf")
     with replacing(path) as file, PdfPages(file) as pdf:
         for page in pages:
