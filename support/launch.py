@@ -38,16 +38,13 @@ class Task:
 
 
 def default_network(image_size: int, narrow: bool = False) -> dict:
-    """Network, batch size and learning rate that suit an image size in pixels (measured: docs/tuning.md).
-
-    `narrow` is for simple images such as digits, which need less width at full resolution.
-    """
+    """Network, batch size and learning rate that suit an image size in pixels (measured: docs/tuning.md)."""
     if image_size <= 16:  # 1.0 M parameters
         return dict(width=16, multipliers=[1, 2, 5], blocks=1, attention=[1, 2], batch_size=16, lr=2e-3)
-    if image_size <= 32 and narrow:  # 2.7 M, or where 8 does not divide the size, 1.3 M
-        deep = dict(multipliers=[1, 2, 4, 8], attention=[2, 3])
-        shape = dict(multipliers=[1, 2, 6], attention=[2]) if image_size % 8 else deep
-        return dict(width=16, blocks=1, batch_size=32, lr=2e-3, **shape)
+    if image_size <= 32 and narrow:  # digits and the like need less width at full resolution; 2.7 M
+        if image_size % 8:  # too few halvings for four levels: 1.3 M
+            return dict(width=16, multipliers=[1, 2, 6], blocks=1, attention=[2], batch_size=32, lr=2e-3)
+        return dict(width=16, multipliers=[1, 2, 4, 8], blocks=1, attention=[2, 3], batch_size=32, lr=2e-3)
     if image_size <= 32:  # 4.0 M
         return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
     if image_size <= 64:  # 16 M
