@@ -19,8 +19,7 @@ class Loader:
     """Batches of a data set, sliced from its one array (N, C, H, W) uint8: no Python runs per image.
 
     The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch.
-    `y` (N, ...) goes with the images: labels, or captions as tokens. Each of several processes gets its share
-    of every batch: images rank, rank + count, ... of it.
+    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch.
     """
 
     def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
@@ -52,10 +51,8 @@ class Loader:
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
-        """The positions (N,) of the images of a large set in a random order, in stretches of its file.
-
-        Single random places are slow to read, so 256 stretches of 64 images at a time are shuffled together.
-        """
+        """The positions (N,) of the images of a large set in a random order, in stretches of its file."""
+        # Single random places are slow to read: 256 stretches of 64 images at a time are shuffled together.
         stretches = torch.arange(len(self.images)).split(64)
         drawn = [stretches[i] for i in torch.randperm(len(stretches), generator=generator)]
         mixed = [torch.cat(drawn[i : i + 256]) for i in range(0, len(drawn), 256)]
