@@ -13,16 +13,15 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 STAR = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate((1, 0.42) * 5)]
-CROSS = [
-    *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
-    *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
-]
 SHAPES = {  # corners in units of the radius, y down; a circle has none
     "circle": [],
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
     "star": STAR,
-    "cross": CROSS,
+    "cross": [
+        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
+        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
+    ],
 }
 SIZES = {"small": (0.13, 0.15), "large": (0.2, 0.22)}  # smallest and largest radius, in units of the image
 # Pairs that no training image shows: prompts with them test whether the model combines colour and shape.
@@ -94,8 +93,7 @@ def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene
         text += sometimes(f" at the {' '.join(filter(None, sides))}" if x or y else " in the middle")
         shapes = (shape,)
     else:
-        relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
-        x, y = RELATIONS[relation]
+        relation, (x, y) = list(RELATIONS.items())[rng.integers(len(RELATIONS))]
         (first, text), (second, text_2) = shape_at(x, y), shape_at(-x, -y)
         text += f" {sometimes(relation) or 'and'} {text_2}"
         shapes = (first, second)
