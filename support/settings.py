@@ -121,10 +121,7 @@ class Command:
         return {name: self[name] for name in self.rows if name not in sampling | {"resume", "sample"}}
 
     def check(self, owners: bool = True) -> None:
-        """UserError for a flag that was typed and has no effect, with --sample or without it.
-
-        With `owners` also for one that belongs to another choice than the one made.
-        """
+        """UserError for a typed flag that has no effect, with `owners` also for one of a choice not made."""
         can_sample = "sample" in self.rows
         sampling = can_sample and self["sample"] is not None
         if sampling and self["checkpoint"] is None:
@@ -142,11 +139,8 @@ class Command:
                     raise UserError(f"{belongs}: add that, or leave it out")
 
     def take_from(self, config: dict, free: set[str] | None = None) -> None:
-        """Take the settings of a run, but for those typed among `free`; UserError for another one typed.
-
-        `free` is by default what may change when a run goes on.
-        """
-        if free is None:
+        """Take the settings of a run, but for those typed among `free`; UserError for another one typed."""
+        if free is None:  # then what may change when a run goes on
             free = {name for name, row in self.rows.items() if row.get("resume")}
         for name in sorted(self.typed - free):
             if self[name] != config.get(name):
@@ -179,9 +173,8 @@ def listed(kind: Callable[[str], object], names: Container[str] | None = None) -
 
     def parse(text: str) -> list:
         values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-        for value in values:
-            if names is not None and value not in names:
-                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(names)}")
+        if unknown := [value for value in values if names is not None and value not in names]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(names)}")
         if not values:
             raise argparse.ArgumentTypeError(f"{text!r}: expected values with commas between them")
         return values
