@@ -133,9 +133,10 @@ class Model:
         """The denoiser of samples of any numbers, x_0 clipped, with the null condition."""
         return clip_x_0(self.diffusion, self.diffusion.denoiser(self.net))
 
-    def guided(self, y: Tensor, scale: float, numbers: Tensor):
-        """The same for samples of those numbers, given y (n, ...) of all, under classifier-free guidance."""
-        guided = ddpm_conditional.cfg(self.diffusion, self.net, y[numbers].to(self.device), scale)
+    def guided(self, y: Tensor, scale: float, numbers: Tensor, classifier=None):
+        """The same for samples of those numbers, given y (n, ...) of all, guided by cfg or a classifier."""
+        y, plain = y[numbers].to(self.device), ddpm_conditional.GuidanceSettings()
+        guided = ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier)
         return clip_x_0(self.diffusion, guided)
 
     def note_condition(self) -> None:
@@ -242,7 +243,6 @@ def in_batches(eps_theta, batch_size: int, bar):
     return eps_theta_in_batches
 
 
-@torch.no_grad()
 def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None, diffusion=None):
     """Samples x_0 (B, C, H, W) of those numbers on the CPU, and the evaluations of the denoiser for each.
 
@@ -276,18 +276,15 @@ def over_snr(title: str, y: str, lines: dict, log: str = "xy") -> Panel:
 
 
 # 1. The P2 comparison: what a model recovers from x_t ------------------------------------------------------
-JOINED = ("ddpm", "ddim")  # they use x_t alone, so that other images may join their batch on the way
-
-
 def chains(diffusion, eps_theta, sampler, x_t, levels, steps, generators):
     """x_0 of every x_t[l], noisy as levels[l], by a sampler of `steps` strides from T; (L, B, C, H, W) both.
 
-    `levels` fall. The samplers in JOINED take one batch down to 0, which the images of each level join.
-    Others, which may have a history, take each level by itself. `generators`: one for each of L x B images.
+    `levels` fall. DDPM and DDIM use x_t alone: they take one batch down to 0, which the images of each level
+    join. Others, which may have a history, take each level by itself. `generators`: one for each of L x B.
     """
     grid = sorted({*diffusion.timesteps(steps), *levels}, reverse=True)
     (L, B), done = x_t.shape[:2], []
-    for group in [range(L)] if sampler in JOINED else [[i] for i in range(L)]:
+    for group in [range(L)] if sampler in ("ddpm", "ddim") else [[i] for i in range(L)]:
         x, of_x = x_t[0, :0], []
         for i, end in pairwise([*group, None]):
             x, of_x = torch.cat([x, x_t[i]]), [*of_x, *generators[i * B : (i + 1) * B]]
@@ -340,8 +337,7 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, evaluator: Evalua
         for what, other in (("one image", b), ("two images", b.roll(1, 0))):
             row = {"of": what, "snr": diffusion.snr[t], "pixels": (a - other).square().mean().sqrt()}
             if evaluator:
-                apart = evaluator.features(a) - evaluator.features(other)
-                row["features"] = apart.square().mean().sqrt()
+                row["features"] = (evaluator.features(a) - evaluator.features(other)).square().mean().sqrt()
             rows.append(row)
     return rows
 
@@ -715,10 +711,8 @@ def real_features(model: Model, evaluator: Evaluator, settings: Settings) -> tup
 
 
 def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
-    """A denoiser for the process `other` out of one for `trained`, evaluated at the t whose SNR is nearest.
-
-    At equal SNR x_t has one distribution under both, so what was learned of its eps holds.
-    """
+    """A denoiser for the process `other` out of one for `trained`, called with the t whose SNR is nearest."""
+    # At equal SNR x_t has one distribution under both, so what was learned of its eps holds.
     times = torch.cat([torch.zeros(1, dtype=torch.long), nearest_times(trained, other.snr[1:])])  # (T+1,)
 
     def eps_theta_on_schedule(x_t: Tensor, t: Tensor) -> Tensor:
@@ -743,10 +737,8 @@ def samplers(settings: Settings, model: Model) -> Result:
         raise UserError("--samples and --full are of the quality, which takes --classifier RUN: add it")
 
     def draw(sampler: str, schedule: str, steps: int, numbers: range) -> tuple[Tensor, int]:
-        diffusion, eps_theta = model.diffusion, plain
-        if schedule != trained:
-            diffusion = Diffusion(T, schedule)
-            eps_theta = on_schedule(model.diffusion, diffusion, plain)
+        diffusion = Diffusion(T, schedule)
+        eps_theta = plain if schedule == trained else on_schedule(model.diffusion, diffusion, plain)
         clipped = clip_x_0(diffusion, eps_theta)
         return draw_samples(model, numbers, SAMPLERS[sampler], steps, settings, lambda _: clipped, diffusion)
 
@@ -806,23 +798,18 @@ def real_of_labels(data: utils.Data, labels: Tensor, seed: int) -> tuple[Tensor,
 def guides(settings: Settings, model: Model) -> dict[str, Callable]:
     """What can guide the model, {name: (y (n, ...), scale, numbers) -> denoiser}; UserError if nothing."""
     found = {"cfg": model.guided} if model.config["kind"] == "ddpm_conditional" else {}
-    path, plain = settings.guide or settings.classifier, model.diffusion.denoiser(model.net)
+    path = settings.guide or settings.classifier
     if not found and not path:
         raise UserError(f"{model.path} is unconditional: guide it with --classifier RUN")
     try:
-        classifier = path and ddpm_conditional.load_classifier(path, model.config, model.device)
+        if path:
+            classifier = ddpm_conditional.load_classifier(path, model.config, model.device)
+            found["classifier"] = partial(model.guided, classifier=classifier)
     except UserError as error:  # an evaluator may have been trained on other noise; a guide may not
         if settings.guide or not found:
             raise
         note(f"no classifier guidance: {error}")
-        classifier = None
-
-    def by_classifier(y: Tensor, scale: float, numbers: Tensor):
-        y = y[numbers].to(model.device)
-        guided = ddpm_conditional.classifier_guidance(model.diffusion, plain, classifier, y, scale)
-        return clip_x_0(model.diffusion, guided)
-
-    return found | ({"classifier": by_classifier} if classifier else {})
+    return found
 
 
 @study(GUIDANCE, 1, 1, guidance_scale=SCALES, sample_steps=20)
@@ -1110,8 +1097,8 @@ def make_parser() -> Parser:
 
 def main() -> None:
     typed = vars(make_parser().parse_args())  # what was typed, and no more
-    name, paths = typed.pop("study"), [*typed.pop("runs", []), *typed.pop("checkpoint", [])]
-    one = STUDIES[name]
+    one = STUDIES[name := typed.pop("study")]
+    paths = [*typed.pop("runs", []), *typed.pop("checkpoint", [])]
     if not one.least <= len(paths) <= one.most:
         wanted = {(1, 1): "one run", (0, 1): "one run at most", (0, 2): "two runs at most"}
         takes = wanted.get((one.least, one.most), "at least one run")
