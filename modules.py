@@ -42,9 +42,8 @@ def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with min(32, channels // 4) groups, or the next smaller number that divides `channels`."""
-    groups = max(1, min(32, channels // 4))
-    while channels % groups:
-        groups -= 1
+    most = max(1, min(32, channels // 4))
+    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -129,14 +128,7 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        channels=3,
-        width=64,
-        multipliers=(1, 2, 4),
-        blocks=2,
-        attention=(1,),
-        dropout=0.0,
-        context_dim=0,
+        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0, context_dim=0
     ):
         super().__init__()
         if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
