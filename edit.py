@@ -345,7 +345,7 @@ class Model:
         self.timesteps = self.diffusion.timesteps(steps, spacing) if steps else ddpm.strided_timesteps(T)
         self.sampling.sample_steps = steps = len(self.timesteps) - 1
         shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
-        self.watched = lambda eps_theta, bar: Watched(eps_theta, T, bar, shown)
+        self.watched = lambda eps_theta, bar, total=0: Watched(eps_theta, T, bar, shown, total)
 
     def read_images(self, size: int | None = None) -> tuple[Tensor, list[Item]]:
         """The user's images (N, C, H, W), of the model's size or another, and the items to make of them."""
@@ -402,16 +402,6 @@ class Model:
                 for head, x in edit(items[first : first + size], bar).items():
                     columns.setdefault(head, []).append(x.cpu())
         return {head: torch.cat(parts) for head, parts in columns.items()}
-
-
-def counted(eps_theta, bar, evaluations: int):
-    """The denoiser, moving a bar whose images take so many evaluations each."""
-
-    def eps_theta_counted(x_t: Tensor, t: Tensor) -> Tensor:
-        bar.update(len(x_t) / evaluations)
-        return eps_theta(x_t, t)
-
-    return eps_theta_counted
 
 
 # The tasks: run(model) -> columns of pictures {head, or t of an x_t: (N, C, H, W)}, labels of the N rows,
@@ -482,11 +472,9 @@ def run_inpaint(model: Model):
     columns = model.batches("inpaint", items, edit)
     labels, notes = [item.label for item in items], []
     if pairs := model.classes(columns["result"], columns["input"]):
-        rows = zip(labels, pairs, strict=True)
+        same, rows = sum(new == old for new, old in pairs), zip(labels, pairs, strict=True)
         labels = [f"{label} seen as {new}, the input as {old}".lstrip() for label, (new, old) in rows]
-        notes = [
-            f"the classifier names {sum(a == b for a, b in pairs)} of {len(pairs)} as it names the input"
-        ]
+        notes = [f"the classifier names {same} of {len(pairs)} as it names the input"]
     return columns, labels, columns["result"], notes
 
 
@@ -551,7 +539,7 @@ def run_interpolate(model: Model):
         raise UserError("interpolate takes two --image files, and one condition for both, or one for each")
     ends, iterations = [Item(), Item(condition=len(names) - 1)], model.settings.iterations
     with progress("inversion", 2) as bar:
-        eps_theta = counted(model.denoiser(ends), bar, iterations * (len(model.timesteps) - 1))
+        eps_theta = model.watched(model.denoiser(ends), bar, iterations * model.sampling.sample_steps)
         x_T = ddim_inversion(model.diffusion, model.clipped(eps_theta), images, model.timesteps, iterations)
     images, (a, b) = images.cpu(), x_T.cpu().unsqueeze(1)  # a and b (1, C, H, W)
 
@@ -578,11 +566,11 @@ def run_sds(model: Model):
     snapshot_steps = sorted({max(1, steps // 10), max(1, steps // 3), steps})
 
     def make(items: list[Item], bar, scale: float, kind: str | None) -> dict[str, Tensor]:
-        eps_theta, generators, lr = model.denoiser(items, scale), model.generators(items), settings.lr
+        eps_theta = model.watched(model.denoiser(items, scale), bar, total=steps if kind else 0)
         if kind is None:
-            x = model.sample(model.watched(eps_theta, bar), items)
-            return {"x": torch.stack([x] * len(snapshot_steps), 1)}
-        eps_theta, start = counted(eps_theta, bar, steps), PARAMETERISATIONS[kind](model.noise(generators))
+            return {"x": torch.stack([model.sample(eps_theta, items)] * len(snapshot_steps), 1)}
+        generators, lr = model.generators(items), settings.lr
+        start = PARAMETERISATIONS[kind](model.noise(generators))
         x = score_distillation(diffusion, eps_theta, start, steps, lr, generators, snapshot_steps)
         return {"x": x.transpose(0, 1)}
 

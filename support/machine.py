@@ -115,19 +115,21 @@ def progress(what: str, total: float | None = None, unit: str = "image") -> tqdm
 class Watched:
     """A function f(x, t) of images x (B, C, H, W) and times t (B,) that counts its `evaluations`.
 
-    t falls from T to 0, in any number of evaluations, so `bar`, in images, follows t. `kept[t]` is x at those
-    t that are in `keep`.
+    t falls from T to 0, in any number of evaluations, so `bar`, in images, follows t; where their `total` is
+    given, it follows their number. `kept[t]` is x at those t that are in `keep`.
     """
 
-    def __init__(self, f: Callable, T: int, bar: tqdm | None = None, keep: Container[int] = ()):
-        self.f, self.T, self.bar, self.keep = f, T, bar, keep
+    def __init__(self, f: Callable, T: int, bar: tqdm | None = None, keep: Container[int] = (), total=0):
+        self.f, self.T, self.bar, self.keep, self.total = f, T, bar, keep, total
         self.reached, self.evaluations, self.kept = T, 0, {}
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         time, self.evaluations = int(t[0]), self.evaluations + 1
         if time in self.keep and time not in self.kept:
             self.kept[time] = x.cpu()
-        if self.bar is not None and time < self.reached:
+        if self.total:
+            self.bar.update(len(x) / self.total)
+        elif self.bar is not None and time < self.reached:
             self.bar.update((self.reached - time) / self.T * len(x))
             self.reached = time
         return self.f(x, t)
