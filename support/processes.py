@@ -35,6 +35,8 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """For each of several conditions, whether it holds in any process."""
+        if self.count == 1:
+            return list(here)
         return (self.add(torch.tensor(here, dtype=torch.int32)) > 0).tolist()
 
     def barrier(self) -> None:
