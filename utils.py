@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -168,7 +167,7 @@ class Data:
 
 
 def no_split(dataset: str, split: str) -> UserError:
-    return UserError(f"data set {dataset!r} has no split {split!r} here, only 'train'")
+    return UserError(f"data set {dataset!r} has no split {split!r} here")
 
 
 def digits(root: Path, split: str) -> Source:
@@ -237,7 +236,7 @@ def stanfordcars(root: Path, split: str) -> Source:
 
 def folder(root: Path, split: str) -> Source:
     """Images of a folder, of one sub-folder a class, of a metadata.jsonl with captions, or of a .npy file."""
-    if root.suffix == ".npy" and split == "train":
+    if root.suffix.lower() == ".npy" and split == "train":
         return array_file(root)
     if not root.is_dir():
         what = "is a file (unpack an archive; save an array as .npy)" if root.exists() else "does not exist"
@@ -256,9 +255,10 @@ def folder(root: Path, split: str) -> Source:
         raise UserError(f"folder {root} holds no images ({READ})")
     if (left := len(flat) + len(files) - len(source.images)) > 0:
         note(f"{len(source.images)} images of {root} are used, and {left} others in it are not")
-    texts = [root / "metadata.csv", *(path.with_suffix(".txt") for path in source.images[:9])]
-    if source.captions is None and (text := next((path for path in texts if path.is_file()), None)):
-        note(f"{text} is not read: captions are read from metadata.jsonl")
+    if source.captions is None:
+        texts = [root / "metadata.csv", *(path.with_suffix(".txt") for path in source.images[:9])]
+        for text in [path for path in texts if path.is_file()][:1]:
+            note(f"{text} is not read: captions are read from metadata.jsonl")
     return source
 
 
@@ -271,7 +271,7 @@ def array_file(path: Path) -> Source:
             raise ValueError
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, AttributeError, BadZipFile):
+    except Exception:  # NumPy raises almost anything on a damaged file
         what = damage(path) or "is no array of images"
         raise UserError(f"{path} {what}: it takes uint8 (N, h, w, 1 or 3)") from None
     return Source(images, image_size=min(height, width), channels=channels)

@@ -37,7 +37,7 @@ def fingerprint(images: Pictures, root: Path | None) -> str:
         for path in images:  # metadata.jsonl may list files that do not exist, or lie elsewhere
             found = state(os.stat(path)) if os.path.exists(path) else None
             name = path.relative_to(root) if path.is_relative_to(root) else path
-            digest.update(os.fsencode(f"{name} {found}\n"))
+            digest.update(f"{name} {found}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()[:16]
 
 

@@ -57,6 +57,8 @@ def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] |
         return folder, files, [number_of[key(folders[k])] for k in labels], official
     if not (numbers := labels_by_file(files, near, split)):
         return folder, files, labels, folders
+    if official and max(numbers) >= len(official):
+        raise UserError(f"class {max(numbers) + 1} of {folder} is none of the {len(official)} classes")
     if not official:  # class names by folder
         name_of = dict(zip(numbers, (folders[k] for k in labels), strict=True)) if folders else {}
         official = [name_of.get(k, f"class {k + 1}") for k in range(max(195, *numbers) + 1)]
@@ -120,7 +122,7 @@ def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int]
     """Official class numbers, less 1, by file name: from anno_*.csv, train_perfect_preds.txt or a .mat."""
     annotations = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
     if path := find_file(near, f"anno_{split}.csv"):  # file name, box, class number
-        number_of = {Path(row[0]).stem: int(row[-1]) for row in read_csv(path) if row[-1].strip().isdigit()}
+        number_of = {Path(row[0]).stem: int(row[-1]) for row in read_csv(path) if row[-1].strip().isdecimal()}
     elif split == "train" and (path := find_file(near, "train_perfect_preds.txt")):  # line i is of image i
         lines = path.read_text(errors="replace").split()
         if not all(line.isdecimal() for line in lines):
@@ -130,6 +132,8 @@ def labels_by_file(files: list[Path], near: list[Path], split: str) -> list[int]
         number_of = {Path(str(row["fname"])).stem: int(row["class"]) for row in rows}
     else:
         return []
+    if number_of and min(number_of.values()) < 1:
+        raise UserError(f"{path} should number the classes from 1 on")
     if unknown := [p for p in files if p.stem not in number_of]:
         raise UserError(f"{unknown[0]} and {len(unknown) - 1} more have no class in {path}: move them away")
     return [number_of[p.stem] - 1 for p in files]

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -47,8 +48,9 @@ def curves(rows: Sequence[dict], by: str, x: str, y: str) -> Curves:
     """y over x from a table, a curve for each value in the column `by`; rows without x or y are left out."""
     found: dict[str, list] = {}
     for row in rows:
-        if row.get(x) is not None and row.get(y) is not None:
-            found.setdefault(str(row[by]), []).append((float(row[x]), float(row[y])))
+        with suppress(KeyError, TypeError, ValueError):  # a cell that is missing, or no number
+            point = float(row[x]), float(row[y])
+            found.setdefault(str(row[by]), []).append(point)
     return {name: tuple(zip(*points, strict=True)) for name, points in found.items()}
 
 
@@ -128,7 +130,10 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv"}
     stems = chain([study], (f"{study}_{n}" for n in count(2)))
     named = ({kind: folder / f"{stem}{end}" for kind, end in ends.items()} for stem in stems)
-    files = next(files for files in named if not any(file.exists() for file in files.values()))
+    for files in (files for files in named if not any(file.exists() for file in files.values())):
+        with suppress(FileExistsError):  # the name is ours once the file is
+            files["table"].touch(exist_ok=False)
+            break
     panels = [panel for part in result.figure if isinstance(part, Chart) for panel in part.panels]
     points = [
         {"chart": panel.title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}

@@ -1,11 +1,12 @@
 """Errors of one line with exit status 2, notes, and signals that stop a run between two steps."""
 
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
@@ -32,18 +33,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-NO_MEMORY = (  # in the words of CUDA, cuBLAS, cuDNN, MPS, and of PyTorch, oneDNN and the system on a CPU
-    *("out of memory", "alloc_failed", "invalid buffer size", "not enough memory", "bad_alloc"),
-    *("can't allocate memory", "cannot allocate memory", "failed to allocate", "unable to allocate"),
-    *("could not create a memory", "could not execute a primitive", "could not create a primitive\n"),
+NO_MEMORY = re.compile(  # in the words of CUDA, HIP, MPS, Intel's and Microsoft's libraries, PyTorch, systems
+    r"out_?of_?(device_|host_)?(memory|resources)|alloc(ation)?_?failed|memory_?allocation|bad_(alloc|array)"
+    r"|invalid_buffer_size|not_enough_(gpu_video_)?memory|insufficient_resources|paging_file_is_too_small"
+    r"|(can't|cannot|could_not|unable_to|failed_to)_allocate"
+    r"|could_not_(create_a_memory|execute_a_primitive|create_a_primitive$)"
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so: one of Python, of PyTorch, of the libraries it calls, or of the system."""
+    said = error.strerror if isinstance(error, OSError) else str(error) * isinstance(error, RuntimeError)
     named = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-    said = f"{error}\n".lower() if isinstance(error, (RuntimeError, OSError)) else ""
-    return named or any(words in said for words in NO_MEMORY)
+    return named or bool(NO_MEMORY.search((said or "").lower().replace(" ", "_")))
 
 
 def is_lost(error: BaseException) -> bool:
@@ -75,30 +77,43 @@ def stop_on_signal() -> Iterator[threading.Event]:
             signal.signal(s, handler)
 
 
-def open_streams() -> None:
-    """Give stdout and stderr any character to print, as an escape if need be, also where they are closed."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or sys.stdout
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+class Lasting:
+    """A stream that prints any character, an escape if need be; closed, full or broken, it prints nothing."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
 
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
-    open_streams()
     name = Path(sys.argv[0]).name
     silent = int(os.environ.get("LOCAL_RANK", 0)) > 0  # then another process of this machine prints
 
     def fail(message: str, silent: bool = False) -> int:
         if not silent:
-            print(f"{name}: error: {message}", file=sys.stderr)
+            print(f"{name}: error: {message}", file=err)
         return 2
+
+    out = Lasting(sys.stdout)
+    err = Lasting(sys.stderr) if sys.stderr else out
 
     try:
         with open(os.devnull, "w") as nowhere:
-            out, err = (nowhere, nowhere) if silent else (sys.stdout, sys.stderr)
-            with redirect_stdout(out), redirect_stderr(err):
+            with redirect_stdout(nowhere if silent else out), redirect_stderr(nowhere if silent else err):
                 main()
     except LostProcess as error:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
@@ -118,7 +133,7 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(fail(f"out of memory: {lower}"))
     except KeyboardInterrupt:
         if not silent:
-            print(f"{name}: stopped", file=sys.stderr)
+            print(f"{name}: stopped", file=err)
         sys.exit(130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -29,6 +29,7 @@ except ImportError:  # Windows, which removes no file that is open
 
 TEMPORARY = re.compile(r"[0-9a-f]{8}\..+\.tmp")
 WAITS = (0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)  # seconds before each try: a virus scanner may have the file open
+csv.field_size_limit(2**30)
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def new_path(path: Path, suffix: str = "") -> Path:
         with suppress(FileExistsError):
             if suffix:
                 new.touch(exist_ok=False)
-            if suffix or not new.exists():
+            if suffix or not os.path.lexists(new):
                 return new
 
 
@@ -112,6 +113,8 @@ def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
 
 def read_csv(path: Path) -> list[list[str]]:
     """The rows of a table, its header first; none where there is no file. A spreadsheet may have saved it."""
+    if path.is_file() and (what := damage(path)) and "empty" not in what:
+        raise UserError(f"{path} {what}; get it again")
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape") if path.is_file() else ""
     lines = text.splitlines()
     mark = next((mark for mark in ";\t" if lines and mark in lines[0] and "," not in lines[0]), ",")
@@ -131,13 +134,16 @@ def read_json(path: Path, missing: str) -> dict:
 
 def damage(path: Path) -> str | None:
     """What a file is that should be another one, where its first bytes tell; else None."""
-    with open(path, "rb") as file:
-        start = file.read(512).lstrip().lower()
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    except OSError:
+        return None
     if not start:
         return "is damaged: an empty file (truncated)"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, which stands for the file (git lfs pull gets it)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error", b"<!--")):
         return "is a web page, saved in place of the file"
     if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
         return "is damaged: truncated, its end is missing"

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from .errors import UserError, note
+from .errors import UserError, is_out_of_memory, note
 from .files import damage
 from .scenes import Scene
 
@@ -20,7 +21,9 @@ READ = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pn
 IMAGE_SUFFIXES = {*READ.split(), *".heic .heif .jxl .jp2 .tga .ico .svg .psd".split()}  # to be told of
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # Pillow runs no program to read these
 IMAGE_FORMATS += ["AVIF"] * bool(find_spec("PIL.AvifImagePlugin"))  # from Pillow 11.3 on
-NO_CLASSES = {"mask", "masks", "annotation", "annotations", "segmentation", "segmentations"}  # of folders
+NO_CLASSES = re.compile(
+    r"mask|(.*[_ -])?(masks|annotations?|labels)|mask_.*|segmentation.*", re.I
+)  # of folders
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}  # not the fault of an image file
 Picture = Path | Scene | np.ndarray  # what an image is made from; an array is uint8 (h, w) or (h, w, 1 or 3)
 
@@ -28,24 +31,28 @@ Picture = Path | Scene | np.ndarray  # what an image is made from; an array is u
 def entries(folder: Path) -> list[Path]:
     """What is in a folder, sorted, without hidden entries; [] where there is no folder, else UserError."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "@eaDir", "__MACOSX")))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise UserError(f"folder {folder} can't be read ({error.strerror}): allow it, or move it") from None
 
 
-def image_files(folder: Path, recursive: bool = False, above: tuple[str, ...] = ()) -> list[Path]:
-    """The image files of a folder, sorted by path, without hidden ones; links are followed, but in no circle.
+def image_files(folder: Path, recursive: bool = False, seen: set[Path] | None = None) -> list[Path]:
+    """The image files of a folder, sorted by path, without hidden ones, with links to missing files.
 
-    A link to a file that is missing is among them, to be told of.
+    Links to folders are followed, but to none above it or `seen` before.
     """
-    found, here = [], os.path.realpath(folder)
-    for path in entries(folder) if here not in above else ():
+    found, here = [], Path(os.path.realpath(folder))
+    seen = set(here.parents) if seen is None else seen
+    if here in seen:
+        return []
+    seen.add(here)
+    for path in entries(folder):
         if path.suffix.lower() in IMAGE_SUFFIXES and (path.is_file() or not path.exists()):
             found.append(path)
         elif recursive and path.is_dir():
-            found += image_files(path, True, (*above, here))
+            found += image_files(path, True, seen)
     return found
 
 
@@ -57,7 +64,7 @@ def class_folders(folder: Path) -> list[Path]:
 def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """The files of `folder/<class>/**/*.jpg`, their labels and the class names, in alphabetical order."""
     files_of = {f.name: files for f in class_folders(folder) if (files := image_files(f, recursive=True))}
-    for name in [name for name in files_of if name.lower() in NO_CLASSES]:
+    for name in [name for name in files_of if NO_CLASSES.fullmatch(name)]:
         note(f"{folder / name} is left out: its name is that of no class")
         del files_of[name]
     for path in entries(folder):
@@ -68,19 +75,36 @@ def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     return [path for files in files_of.values() for path in files], labels, names
 
 
-SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-SPLITS |= dict.fromkeys(("val", "valid", "validation"), "validation")
+SPLIT = re.compile(r"(?:x_)?(train|test|val)(?:ing|id|idation)?(?:[_ -]?(?:set|images|data))?", re.I)
 
 
 def splits_of(root: Path) -> dict[str, Path]:
-    """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others."""
-    full = [folder for folder in class_folders(root) if image_files(folder, recursive=True)]
-    parts = {SPLITS[f.name.lower()]: f for f in full if f.name.lower() in SPLITS}
-    others = [f.name for f in full if f not in parts.values()]
-    if "train" not in parts or (others and len(parts) == 1 and not labelled_folders(parts["train"])[0]):
-        return {"train": root}  # "train" may also be a class of trains
-    if others:
-        note(f"{root} is taken for a set in splits: {', '.join(others)} left out")
+    """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others.
+
+    The one folder of an archive, in which all the others are, stands for `root`.
+    """
+    full = {f: n for f in class_folders(root) if (n := len(image_files(f, recursive=True)))}
+    flat = len(image_files(root))
+    if (
+        len(full) == 1
+        and not flat
+        and not image_files(inner := next(iter(full)))
+        and not SPLIT.fullmatch(inner.name)
+    ):
+        return splits_of(inner)
+    parts = {found[1].lower(): f for f in full if (found := SPLIT.fullmatch(f.name))}
+    others = {
+        f.name: n for f, n in full.items() if f not in parts.values() and not NO_CLASSES.fullmatch(f.name)
+    }
+    most = sum(full[f] for f in parts.values()) >= flat + sum(others.values())
+    alone = (
+        set(parts) == {"train"} and others and not labelled_folders(parts["train"])[0]
+    )  # a class of trains
+    if not parts or not most or alone or (root / "metadata.jsonl").is_file():
+        return {"train": root}
+    if len(full) > len(parts) or flat:
+        left = [f.name for f in full if f not in parts.values()] + [f"{flat} images"] * bool(flat)
+        note(f"{root} is taken for a set in splits: {', '.join(left)} left out")
     return parts
 
 
@@ -90,15 +114,19 @@ CAPTION = '{"file_name": "image.png", "text": "a caption"}'
 def read_captions(path: Path) -> tuple[list[Path], list[str]]:
     """Files and captions of a metadata.jsonl, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(
+        path.read_bytes().splitlines(), start=1
+    ):  # in bytes: json tells of bad ones
         try:
             if line.strip():
                 entry = json.loads(line)
                 files.append(path.parent / entry["file_name"])
                 captions.append("" + entry["text"])  # a TypeError where it is no text
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: expected {CAPTION}") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            what = damage(path) or f"expected {CAPTION}, in UTF-8"
+            raise UserError(f"{path}, line {number}: {what}") from None
+    if not files:
+        raise UserError(f"{path} names no images")
     return files, captions
 
 
@@ -117,7 +145,11 @@ def open_image(image: Picture, size: int) -> Image.Image:
     """The picture of a file, an array, or a scene, which is drawn at size x size."""
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-    return image.draw(size) if isinstance(image, Scene) else Image.open(image, formats=IMAGE_FORMATS)
+    if isinstance(image, Scene):
+        return image.draw(size)
+    if image.exists() and not image.is_file():  # to open a pipe would wait for ever
+        raise ValueError("it is no file")
+    return Image.open(image, formats=IMAGE_FORMATS)
 
 
 def upright(image: Picture, size: int, channels: int, paper: str = "white") -> Image.Image:
@@ -151,7 +183,7 @@ def try_to_read(image: Picture, size: int, channels: int) -> np.ndarray | None:
     try:
         return read_image(image, size, channels)
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in MACHINE_ERRORS:
+        if is_out_of_memory(error) or getattr(error, "errno", None) in MACHINE_ERRORS:
             raise
         return None
 
@@ -167,7 +199,11 @@ def read_images(files: list[str], size: int, channels: int, mask: bool = False) 
         except FileNotFoundError:
             raise UserError(f"{typed} {file}: there is no such file") from None
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
-            raise UserError(f"{typed} {file} can't be read as an image: {error}") from None
+            if is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"{typed} {file} can't be read as an image: {damage(Path(file)) or error}"
+            ) from None
         if (width, height) != (size, size):
             crop, method = "cropped to a square and " * (width != height), ", nearest" * mask
             note(f"{file}, {width}x{height}, is {crop}resized to {size}x{size}{method}")

@@ -30,6 +30,7 @@ NOISE = {  # scheduler_config.json
     **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
     **{"prediction_type": "epsilon", "trained_betas": None, "clip_sample_range": 1},
 }
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 FREE = {  # fields that change nothing here: of training, and of sampling, which has flags of its own
     *("dropout", "num_train_timesteps", "clip_sample", "dynamic_thresholding_ratio", "sample_max_value"),
     *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
@@ -100,7 +101,9 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
             theirs = read_json(path, "it has just been removed")
             variance = theirs.get("variance_type")  # of ddpm's sigma_t^2, which --variance sets
             fixed = ("variance_type", variance if str(variance).startswith("fixed") else "fixed_small")
-            check_fields(path, theirs, [*NOISE.items(), fixed])
+            name = theirs.get("_class_name")  # others have other betas where theirs are left out
+            known = ("_class_name", name if name in SCHEDULERS else SCHEDULERS[0])
+            check_fields(path, theirs, [known, *NOISE.items(), fixed])
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
     for weight in weights.values() if isinstance(weights, dict) else [None]:
         dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
@@ -137,7 +140,7 @@ def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, ob
             what = f"{path}: {name} is {dumps(config[name])}"
             raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
     for name, value in config.items():
-        if value not in (None, False) and name not in known and not name.startswith("_"):
+        if value and name not in known and not name.startswith("_"):
             raise UserError(f"{path}: {name} is {dumps(value)}, which is unknown here: it may change numbers")
 
 

@@ -103,9 +103,9 @@ def checkpoint_file(path: str | Path) -> Path:
         return file
     inside = sorted([*path.glob("*"), *path.glob("unet/*")])
     there = [p.name for p in inside if p.suffix in (".bin", ".safetensors")]
-    if path.is_dir() and (there or (path / "config.json").is_file()):
+    if there or any((path / name).exists() for name in ("config.json", "model_index.json", "unet")):
         needed = f"{path} holds no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}"
-        cure = f", but {', '.join(there)}: rename an .fp16. file, save shards as one file" if there else ""
+        cure = f", but {', '.join(there)}: rename one file, save shards as one" if there else ""
         raise UserError(f"{needed}{cure}")
     raise UserError(f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt")
 
@@ -140,9 +140,10 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
     Where a signal or the end of another process stops the run, its user is told how to go on with it.
     """
     run = wanted
+    wanted.parent.mkdir(parents=True, exist_ok=True)
     while processes.first and not resumed:
         with suppress(FileExistsError):  # another process may make the same folder at this moment
-            (run := new_path(wanted)).mkdir(parents=True)
+            (run := new_path(wanted)).mkdir()
             break
     if processes.count > 1:
         run = processes.broadcast(run)
@@ -165,16 +166,18 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
         raise LostProcess(f"another process has ended, and so does this one: {go_on}") from None
 
 
-def log_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def log_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bool:
     """Write rows, each of an epoch, to a CSV, in the place of rows of their first epoch and later ones.
 
-    A note where that fails: the caller keeps its rows, and writes them all next time.
+    False, and a note, where that fails: the caller keeps its rows, and writes them all next time.
     """
     try:
-        earlier = [row for row in read_csv(path) if row[0].isdigit() and int(row[0]) < rows[0][0]]
+        earlier = [row for row in read_csv(path) if row[0].isdecimal() and int(row[0]) < rows[0][0]]
         write_csv(path, [("epoch", *columns), *earlier, *rows])
     except OSError as error:
         note(f"{path} can't be written ({error.strerror}): close it elsewhere; its rows are written later")
+        return False
+    return True
 
 
 def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> Path:
@@ -194,7 +197,6 @@ def prepare_folders(samples: Path, out: str | None, made_with: str | None = None
         note(f"the run's folder can't be written to: grids go to {samples}")
     for folder in (samples, Path(out or samples)):
         check_folder(folder)
-    remove_leftovers(samples, Path(out or samples))
     there = image_files(Path(out)) if out else []
     if out and (there or (Path(out) / "metadata.jsonl").exists()):
         if made_with is None or not there or any(text_in(path) != made_with for path in there):
@@ -208,6 +210,7 @@ def check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        remove_leftovers(folder)
     except OSError as error:
         why = f"folder {folder} can't be written to ({error.strerror})"
         raise UserError(f"{why}: name a folder for the results with --out") from None

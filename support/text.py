@@ -71,7 +71,8 @@ def find_label(text: str, class_names: Sequence[str]) -> int:
         if wanted in names:
             return names.index(wanted)
     count = len(class_names)
-    if all(map(str.isdecimal, class_names)) and list(class_names) != [str(k) for k in range(count)]:
+    numbers = [name for name in class_names if re.fullmatch(r"[+-]?\d+([.,]\s?\d+)?(e[+-]?\d+)?\s?%?", name)]
+    if 2 * len(numbers) > count and list(class_names) != [str(k) for k in range(count)]:
         raise UserError(f"{text!r} is no class of the model; its classes are {', '.join(class_names)}")
     if re.fullmatch(r"[+-]?[0-9]+", text):
         if 0 <= int(text) < count:

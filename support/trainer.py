@@ -67,7 +67,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(net.parameters(), self.lr, **options)
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
-        self.rows: list[tuple] = []  # of log.csv
+        self.rows, self.logged = [], True  # of log.csv; whether all could be written
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
         if settings.checkpointing:
             recompute_activations(net)
@@ -170,8 +170,8 @@ class Trainer:
         (stopping,) = self.processes.any(stopping)
         if epoch % settings.save_every == 0 or last or stopping:
             self.save()
-        if self.processes.first:
-            log_rows(self.run / "log.csv", LOG, self.rows)
+        if self.processes.first and (self.logged or last or stopping or epoch % 10 == 0):
+            self.logged = log_rows(self.run / "log.csv", LOG, self.rows)  # a locked one takes seconds to try
         if stopping and not last:
             raise Stopped
         if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):

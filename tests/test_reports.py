@@ -150,6 +150,29 @@ def test_two_figures_of_one_name_are_two_files(tmp_path):
     assert [new_path(tmp_path / "a.png", ".png").name for _ in range(3)] == ["a.png", "a_2.png", "a_3.png"]
 
 
+def test_a_folder_of_runs_on_a_disk_that_is_gone(cli, tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "nowhere")
+    assert "runs" in error_line(cli(*TINY))
+    (tmp_path / "runs").unlink()
+    Path(RUN).parent.mkdir()
+    Path(RUN).symlink_to(tmp_path / "nowhere")
+    assert cli(*TINY).code == 0 and Path("runs/ddpm_digits_2/ckpt.pt").is_file()
+
+
+def test_two_studies_of_one_name_are_two(script, monkeypatch):
+    """Another process takes the name between the look for a free one and its making."""
+    real = Path.touch
+
+    def slow(path, *args, **options):
+        if path.name == "schedules.csv" and not path.exists():
+            path.write_text("theirs")
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "touch", slow)
+    assert script(analysis, "schedules", "--out", "out", "--noise-steps", 20).code == 0
+    assert Path("out/schedules.csv").read_text() == "theirs" and Path("out/schedules_2.csv").stat().st_size
+
+
 # 2. Memory for training, and not for a preview --------------------------------------------------------------
 LIMITED = """
 import resource, sys
@@ -225,6 +248,13 @@ WORDS = [
     "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
     "HIP out of memory. Tried to allocate 2.00 GiB",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "HIP error: hipErrorOutOfMemory",
+    "CUDA driver error: cudaErrorMemoryAllocation",
+    "Native API failed. Native API returns: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)",
+    "Could not allocate tensor with 268435456 bytes. There is not enough GPU video memory available!",
+    "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES",
+    "could not create a primitive",
 ]
 
 
@@ -243,6 +273,8 @@ def test_the_systems_own_words_count_and_others_do_not():
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(OSError(errno.ENOMEM, os.strerror(12)))
     assert not is_out_of_memory(OSError(errno.ENOSPC, "No space left on device"))
     assert not is_out_of_memory(UserError("out of memory"))
+    assert not is_out_of_memory(FileNotFoundError(2, "No such file or directory", "out of memory/a.png"))
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
 
 
 def test_on_resume_the_advice_names_flags_that_resume_takes(cli, monkeypatch):
@@ -317,6 +349,12 @@ def test_a_log_that_stays_locked_loses_nothing(cli, monkeypatch):
     assert cli("--resume", RUN).code == 0 and logged() == list("1234567")
 
 
+def test_a_log_that_stays_locked_costs_little_time_and_few_notes(cli, monkeypatch):
+    Locked(monkeypatch, "log.csv", times=10**6)
+    result = cli(*TINY, "--epochs", 25, "--preview-every", 25)
+    assert result.code == 0 and result.err.count("log.csv can't be written") == 4  # epochs 1, 10, 20 and 25
+
+
 def test_a_log_of_a_classifier_that_is_locked_is_written_later(conditional, monkeypatch):
     Locked(monkeypatch, "accuracy.csv", times=len(files.WAITS))
     result = conditional(*TINY_CLASSIFIER, "--preview-every", 1, "--epochs", 3)
@@ -361,6 +399,16 @@ def test_closed_streams(tmp_path, closed):
     assert wrong.returncode == 2 and ("gone does not exist" in wrong.stdout + wrong.stderr) == (
         closed != ">&- 2>&-"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+@pytest.mark.parametrize(
+    "streams", ["| head -c 1", ">/dev/full", "2>/dev/full", "2> >(head -c 1 >/dev/null)"]
+)
+def test_a_stream_that_is_full_or_gone_does_not_end_training(tmp_path, streams):
+    command = f"{sys.executable} -u {PROJECT / 'ddpm.py'} {' '.join(TINY)} {streams}"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
+    assert torch.load(tmp_path / RUN / "ckpt.pt", weights_only=True)["epoch"] == 2
 
 
 def test_commands_are_quoted_as_the_shell_takes_them():
@@ -458,6 +506,10 @@ def test_class_names_with_commas_can_be_asked_for():
         "0,2": [0, 2],
     }.items():
         assert find_labels([part.strip() for part in text.split(",")], names) == found, text
+    for names, numbers in ((["-1", "0", "1"], "2"), (["1.5", "2.5", "3.5"], "2"), (["1", "2", "all"], "0")):
+        with pytest.raises(UserError, match=f"'{numbers}' is no class of the model; its classes are"):
+            find_labels([numbers], names)
+    names = ["tench, Tinca tinca", "church"]
     with pytest.raises(UserError, match="'tinca' is no class"):
         find_labels(["tinca"], names)
 
@@ -470,6 +522,38 @@ def test_captions_that_are_no_text_name_the_line(tmp_path, text):
     (tmp_path / "metadata.jsonl").write_text(f"{good}\n{json.dumps({'file_name': 'a.png', 'text': text})}\n")
     with pytest.raises(UserError, match=r"metadata.jsonl, line 2: expected"):
         utils.get_data("folder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content, what",
+    [
+        *[(b'{"file_name": "a.png", "text": "caf\xe9"}', "line 1: expected"), (b"[" * 200_000, "line 1")],
+        *[(b"", "names no images"), (b"<!DOCTYPE html>", "web page")],
+    ],
+)
+def test_other_metadata_that_is_none(tmp_path, content, what):
+    save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        utils.get_data("folder", tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of Unix")
+def test_odd_file_names_in_metadata_are_skipped(cli, tmp_path):
+    save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    names = ["a.png", "", ".", "pipe.png", "a\ud800b.png", "a\0b.png", "тест.png"]
+    lines = [json.dumps({"file_name": name, "text": "a"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    result = cli(*TINY, "--dataset", "folder", "--data-root", ".", "--channels", 1)
+    assert result.code == 0 and "1 images" in result.out and "4 missing" in result.err
+    assert "2 unreadable" in result.err
+
+
+def test_captions_above_a_train_folder_are_read(tmp_path):
+    save(tmp_path / "train/a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "train/a.png", "text": "a"}))
+    assert utils.get_data("folder", tmp_path, image_size=8, cache_dir=tmp_path / "cache").captions == ["a"]
 
 
 @pytest.mark.parametrize("name", ["metadata.csv", "a.txt"])
@@ -511,6 +595,48 @@ def test_masks_beside_images_are_no_class(tmp_path, capsys):
         save(tmp_path / "in" / name)
     data = utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
     assert len(data.images) == 2 and "Masks is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "layout, read, classes",
+    [
+        ("train/a train_masks/a", 1, None),
+        ("images/a images/b labels/a labels/b", 2, ["images"]),
+        ("JPEGImages/a SegmentationClass/a mask_images/a", 1, ["JPEGImages"]),
+        ("training_set/cat/a training_set/dog/a test_set/cat/a", 2, ["cat", "dog"]),
+        ("x_train/a x_train/b x_test/a", 2, None),
+        ("ds/train/cat/a ds/train/dog/a ds/test/cat/a", 2, ["cat", "dog"]),
+        ("images/train/a images/train/b images/val/a", 2, None),
+        ("a b c d train/a", 4, None),
+        ("train/deep/a bus/a bus/b car/a", 4, ["bus", "car", "train"]),
+        ("cat/a dog/a @eaDir/a __MACOSX/a", 2, ["cat", "dog"]),
+        ("with_mask/a without_mask/a", 2, ["with_mask", "without_mask"]),
+    ],
+)
+def test_other_layouts(tmp_path, layout, read, classes):
+    for name in layout.split():
+        save(tmp_path / f"in/{name}.png")
+    data = utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
+    assert len(data.images) == read and data.class_names == classes
+
+
+def test_validation_without_training_images_is_an_error(tmp_path):
+    save(tmp_path / "val/a.png")
+    save(tmp_path / "test/a.png")
+    with pytest.raises(UserError, match="no split 'train'"):
+        utils.get_data("folder", tmp_path)
+
+
+@pytest.mark.parametrize("numbers, what", [([0, 1], "from 1 on"), ([1, 5], "none of the 2 classes")])
+def test_cars_with_numbers_of_no_class(tmp_path, numbers, what):
+    (tmp_path / "names.csv").write_text("Acura RL Sedan 2012\nBMW M3 Coupe 2012\n")
+    for i in (1, 2):
+        save(tmp_path / f"cars_train/{i:05d}.jpg")
+    (tmp_path / "anno_train.csv").write_text(
+        "".join(f"{i:05d}.jpg,1,1,9,9,{k}\n" for i, k in enumerate(numbers, 1))
+    )
+    with pytest.raises(UserError, match=what):
+        utils.get_data("stanfordcars", tmp_path)
 
 
 @pytest.mark.parametrize("where", ["cards/train/ace", "cars/train/red", "train/ace", "my_cars/train"])
@@ -607,6 +733,34 @@ def test_a_class_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
         utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links take rights on Windows")
+def test_links_between_classes_end_and_take_no_others_images(tmp_path):
+    for k in range(9):
+        save(tmp_path / f"in/{k}/a.png")
+    for k in range(9):
+        for other in range(9):
+            (tmp_path / f"in/{k}/to{other}").symlink_to(tmp_path / f"in/{other}")
+        (tmp_path / f"in/{k}/up").symlink_to(tmp_path / "in")
+    started = time.monotonic()
+    data = utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
+    assert data.labels.bincount().tolist() == [9] * 9 and time.monotonic() - started < 20
+
+
+def test_an_image_that_may_not_be_read_is_skipped(tmp_path, monkeypatch, capsys):
+    for name in ("a", "b"):
+        save(tmp_path / f"in/{name}.png")
+    real = open
+
+    def refuse(path, *args, **options):
+        if str(path).endswith("a.png"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    data = utils.get_data("folder", tmp_path / "in", image_size=8, cache_dir=tmp_path / "cache")
+    assert len(data.images) == 1 and "1 unreadable" in capsys.readouterr().err
+
+
 # 12. Memory while decoding ----------------------------------------------------------------------------------
 def test_decoding_takes_memory_by_bytes(tmp_path, monkeypatch):
     asked, real = [], np.empty
@@ -648,7 +802,7 @@ def test_skipped_files_are_counted_and_the_first_are_listed(tmp_path, capsys):
     [
         *[("rescale_betas_zero_snr", True), ("thresholding", True), ("use_karras_sigmas", True)],
         *[("variance_type", "learned_range"), ("clip_sample_range", 2.0), ("trained_betas", [0.1])],
-        *[("something_new", 3), ("timestep_scaling", 10.0)],
+        *[("something_new", 3), ("timestep_scaling", 10.0), ("_class_name", "UnCLIPScheduler")],
     ],
 )
 def test_what_changes_numbers_in_a_published_scheduler_is_refused(cli, tmp_path, field, value):
@@ -809,6 +963,25 @@ def test_a_schedule_that_leaves_nothing_gets_a_note(cli):
     result = cli(*TINY, "--schedule", "constant", "--noise-steps", 10, "--sampler", "pndm")
     assert result.code == 0 and "float32 can't resolve" in result.err and "--noise-steps" in result.err
     assert "can't resolve" not in cli(*TINY, "--schedule", "constant", "--noise-steps", 1000).err
+
+
+def test_a_study_of_an_edited_log(script):
+    assert script(ddpm, *TINY).code == 0
+    with open(f"{RUN}/log.csv", "a") as file:
+        file.write('3,,,,\nTotal,-,x,"1,5",1.234.567\n')
+    result = script(analysis, "losses", RUN, "--device", "cpu", "--images", 4)
+    assert result.code == 0, result.err
+
+
+def test_edits_take_a_spacing(script):
+    assert script(ddpm, *TINY, "--noise-steps", 200).code == 0
+    save(Path("a.png"))
+    captions = []
+    for spacing in ("even", "log_snr"):
+        flags = ("--image", "a.png", "--i-start", 3, "--spacing", spacing, "--device", "cpu")
+        assert script(edit, "sdedit", "--checkpoint", RUN, *flags, "--out", spacing).code == 0
+        captions.append(np.asarray(Image.open(f"{spacing}/00000.png")).tolist())
+    assert captions[0] != captions[1]
 
 
 # 18. A busy machine -----------------------------------------------------------------------------------------
