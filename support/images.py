@@ -21,9 +21,7 @@ READ = ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pn
 IMAGE_SUFFIXES = {*READ.split(), *".heic .heif .jxl .jp2 .tga .ico .svg .psd".split()}  # to be told of
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # Pillow runs no program to read these
 IMAGE_FORMATS += ["AVIF"] * bool(find_spec("PIL.AvifImagePlugin"))  # from Pillow 11.3 on
-NO_CLASSES = re.compile(
-    r"mask|(.*[_ -])?(masks|annotations?|labels)|mask_.*|segmentation.*", re.I
-)  # of folders
+NO_CLASSES = re.compile(r"mask|(.*[_ -])?(masks|annotations?|labels)|mask_.*|segmentation.*", re.I)
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}  # not the fault of an image file
 Picture = Path | Scene | np.ndarray  # what an image is made from; an array is uint8 (h, w) or (h, w, 1 or 3)
 
@@ -83,27 +81,20 @@ def splits_of(root: Path) -> dict[str, Path]:
 
     The one folder of an archive, in which all the others are, stands for `root`.
     """
-    full = {f: n for f in class_folders(root) if (n := len(image_files(f, recursive=True)))}
-    flat = len(image_files(root))
-    if (
-        len(full) == 1
-        and not flat
-        and not image_files(inner := next(iter(full)))
-        and not SPLIT.fullmatch(inner.name)
-    ):
-        return splits_of(inner)
-    parts = {found[1].lower(): f for f in full if (found := SPLIT.fullmatch(f.name))}
-    others = {
-        f.name: n for f, n in full.items() if f not in parts.values() and not NO_CLASSES.fullmatch(f.name)
-    }
-    most = sum(full[f] for f in parts.values()) >= flat + sum(others.values())
-    alone = (
-        set(parts) == {"train"} and others and not labelled_folders(parts["train"])[0]
-    )  # a class of trains
-    if not parts or not most or alone or (root / "metadata.jsonl").is_file():
+    counts = {f: n for f in class_folders(root) if (n := len(image_files(f, recursive=True)))}
+    parts = {found[1].lower(): f for f in counts if (found := SPLIT.fullmatch(f.name))}
+    others = [f for f in counts if f not in parts.values()]
+    flat, inner = image_files(root), next(iter(counts), None)
+    if (root / "metadata.jsonl").is_file():
         return {"train": root}
-    if len(full) > len(parts) or flat:
-        left = [f.name for f in full if f not in parts.values()] + [f"{flat} images"] * bool(flat)
+    if len(others) == len(counts) == 1 and not flat and not image_files(inner):
+        return splits_of(inner)
+    known = [f for f in others if not NO_CLASSES.fullmatch(f.name)]  # as classes
+    if sum(counts[f] for f in parts.values()) < len(flat) + sum(counts[f] for f in known):
+        return {"train": root}  # what most of the images say
+    if not parts or (known and set(parts) == {"train"} and not labelled_folders(parts["train"])[0]):
+        return {"train": root}  # "train" may also be a class of trains
+    if left := [f.name for f in others] + [f"{len(flat)} images"] * bool(flat):
         note(f"{root} is taken for a set in splits: {', '.join(left)} left out")
     return parts
 
@@ -114,10 +105,8 @@ CAPTION = '{"file_name": "image.png", "text": "a caption"}'
 def read_captions(path: Path) -> tuple[list[Path], list[str]]:
     """Files and captions of a metadata.jsonl, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
-    for number, line in enumerate(
-        path.read_bytes().splitlines(), start=1
-    ):  # in bytes: json tells of bad ones
-        try:
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:  # from bytes: where they are no UTF-8, that is an error
             if line.strip():
                 entry = json.loads(line)
                 files.append(path.parent / entry["file_name"])

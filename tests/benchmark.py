@@ -387,30 +387,32 @@ print(batch / benchmark.seconds_each(step, torch.device("cpu"), seconds))
 """
 
 
-def busy(size: int, seconds: float) -> dict:
+def busy(size: int, seconds: float, repeats: int = 5) -> dict:
     """Training on the CPU alone, and beside a program that computes on every core: two settings of OpenMP.
 
-    Its own setting lets idle threads spin for long; that of support/environment.py bounds it.
+    Its own setting lets idle threads spin for long; that of support/environment.py bounds it. Medians: in
+    company the system's scheduler decides much, and single runs differ by several times.
     """
     here = Path(__file__).resolve().parent
     clean = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", *SPIN)}
-    found = {}
-    for company in ("alone", "in company"):
-        loops = [
-            subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            for _ in range((company != "alone") * (os.cpu_count() or 1))
-        ]
+    rates: dict[str, list[float]] = {}
+    command = [sys.executable, "-c", TRAINS, str(size), str(seconds)]
+    for company, name in [
+        (c, n) for _ in range(repeats) for c in ("alone", "in company") for n in ("own", "bounded")
+    ]:
+        count = (os.cpu_count() or 1) if company == "in company" else 0
+        loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
         try:
-            for name, own in (("OpenMP's own", {}), ("bounded", SPIN)):
-                command = [sys.executable, "-c", TRAINS, str(size), str(seconds)]
-                run = subprocess.run(command, env=clean | own, cwd=here, capture_output=True, text=True)
-                found[name, company] = float(run.stdout)
+            env = clean | (SPIN if name == "bounded" else {})
+            run = subprocess.run(command, env=env, cwd=here, capture_output=True, text=True)
+            rates.setdefault(f"{name}, {company}", []).append(float(run.stdout))
         finally:
             for loop in loops:
                 loop.kill()
-    row = {"size": size} | {f"{name}, {where} (img/s)": rate for (name, where), rate in found.items()}
+    found = {what: statistics.median(rate) for what, rate in rates.items()}
+    row = {"size": size} | {f"{what} (img/s)": rate for what, rate in found.items()}
     for company in ("alone", "in company"):
-        row[f"bounded / own, {company}"] = found["bounded", company] / found["OpenMP's own", company]
+        row[f"bounded / own, {company}"] = found[f"bounded, {company}"] / found[f"own, {company}"]
     return row
 
 
@@ -509,7 +511,7 @@ def main() -> None:
         found["alternatives"] = alternatives(device)
         show(found["alternatives"], quiet=args.json)
         if device.type == "cpu":
-            found["busy"] = [busy(size, 4 * args.seconds) for size in args.sizes if size <= 64]
+            found["busy"] = [busy(28, 4 * args.seconds)]
             show(found["busy"], quiet=args.json)
         how = (args.sizes, args.seconds, args.longest, not args.no_compile)
         found["speed"] = speed(*how, device, rates, args.json)

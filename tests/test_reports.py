@@ -546,8 +546,8 @@ def test_odd_file_names_in_metadata_are_skipped(cli, tmp_path):
     lines = [json.dumps({"file_name": name, "text": "a"}) for name in names]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     result = cli(*TINY, "--dataset", "folder", "--data-root", ".", "--channels", 1)
-    assert result.code == 0 and "1 images" in result.out and "4 missing" in result.err
-    assert "2 unreadable" in result.err
+    assert result.code == 0 and "1 images" in result.out and "3 missing" in result.err
+    assert "3 unreadable" in result.err
 
 
 def test_captions_above_a_train_folder_are_read(tmp_path):
