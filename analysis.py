@@ -760,6 +760,7 @@ def samplers(settings: Settings, model: Model) -> Result:
         pictures[sampler, schedule, steps] = x[:2]
     rows += [{"sampler": "real images", "n": n, **quality(others, half)}] if evaluator else []
     notes = [f"distance: rms per pixel of [0, 1], {few} images, to ddim with {T} steps from the same noise"]
+    notes += [f"spacing of the strides: {settings.spacing or 'by schedule'}"]
     return Result(samplers_figure(model, pictures, rows, counts), rows, model.folder, notes)
 
 

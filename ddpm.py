@@ -137,8 +137,8 @@ class Diffusion:
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
         """[T, ..., 0], steps + 1 entries, strictly decreasing; ValueError if not 1..T steps.
 
-        `spacing`: "even" in t, or "log_snr", which is even in log SNR down to t = 1, as whole numbers allow.
-        None is log_snr where even strides would end in a leap over much of the signal (docs/experiments.md).
+        `spacing` is "even" in t, or "log_snr": T, then times even in log SNR from SNR 0.001 to t = 1, then 0.
+        The default is log_snr where the last of 20 even strides would begin at an SNR below 25.
 
         A network trained on T noise levels may be sampled in fewer steps: it learned to denoise each x_t by
         itself, and q(x_t | x_0) (eq. 4) is the same whatever steps lead to t. On any part of 1..T the same
@@ -147,14 +147,15 @@ class Diffusion:
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
-        if (spacing or ("log_snr" if self.snr[at(50, self.T)] < 25 else "even")) == "even":
+        default = "log_snr" if self.snr[at(50, self.T)] < 25 else "even"  # measured: docs/experiments.md
+        if (spacing or default) == "even":
             return [round(self.T * (steps - i) / steps) for i in range(steps + 1)]
         log_snr, times = self.snr[1:].log(), [self.T]  # (T,), falls with t
         low = max(log_snr[-1].item(), math.log(1e-3))  # below it x_t is noise, and one stride will do
         wanted = torch.linspace(low, log_snr[0].item(), steps, dtype=torch.float64)
         nearest = 1 + (log_snr - wanted[1:, None]).abs().argmin(1)  # (steps - 1,)
         for left, t in zip(range(steps - 1, 0, -1), nearest.tolist(), strict=True):
-            times.append(max(left, min(t, times[-1] - 1)))  # all differ, and `left` of them are to come
+            times.append(max(left, min(t, times[-1] - 1)))  # all differ; `left` strides are still to come
         return [*times, 0]
 
     def strides(self, x: Tensor, timesteps):

@@ -198,8 +198,9 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
     columns = 6 if shape[-1] <= 32 else 3
 
     def preview(net, epoch: int, path: Path) -> None:
-        numbers, y = torch.arange(columns).repeat(len(names)), y_shown.repeat_interleave(columns, dim=0)
-        x_0, how = [], (shape, settings, config["seed"], device)  # the same noise in every row
+        numbers = torch.arange(columns).repeat(len(names))  # the same noise in every row
+        y, x_0 = y_shown.repeat_interleave(columns, dim=0), []
+        how = shape, settings, config["seed"], device
         for part in torch.arange(len(y)).split(launch.at_once(config)):
             eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)
             x_0.append(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how).cpu())

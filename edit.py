@@ -341,11 +341,9 @@ class Model:
         self.classifier = path and ddpm_conditional.load_classifier(path, self.config, self.device, same)
         self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
         T, steps = self.diffusion.T, self.sampling.sample_steps
-        spacing = self.sampling.spacing
-        strided = ddpm.strided_timesteps(T)
+        self.timesteps, spacing = ddpm.strided_timesteps(T), self.sampling.spacing
         if steps or spacing:
-            strided = self.diffusion.timesteps(steps or len(strided) - 1, spacing)
-        self.timesteps = strided
+            self.timesteps = self.diffusion.timesteps(steps or len(self.timesteps) - 1, spacing)
         self.sampling.sample_steps = steps = len(self.timesteps) - 1
         shown = [self.timesteps[round(i * steps / 4)] for i in (1, 2, 3)]  # where a figure shows x_t
         self.watched = lambda eps_theta, bar, total=0: Watched(eps_theta, T, bar, shown, total)

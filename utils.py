@@ -257,7 +257,7 @@ def folder(root: Path, split: str) -> Source:
         note(f"{len(source.images)} images of {root} are used, and {left} others in it are not")
     if source.captions is None:
         texts = [root / "metadata.csv", *(path.with_suffix(".txt") for path in source.images[:9])]
-        for text in [path for path in texts if path.is_file()][:1]:
+        if text := next((path for path in texts if path.is_file()), None):
             note(f"{text} is not read: captions are read from metadata.jsonl")
     return source
 

@@ -10,5 +10,5 @@ cache       images decoded once                         files       files that a
 cars        the layouts of Stanford Cars                scenes      drawn shapes with captions
 text        captions as tokens, labels by name          published   weights that others published
 measures    SSIM, frequency bands, Frechet distance     charts      charts and tables of a study
-operators   views of images that can be undone, a blur   environment OpenMP's waiting threads
+operators   views of images that can be undone, a blur  environment how long OpenMP's threads wait
 """
