@@ -9,6 +9,8 @@ is the clean image. In formulas and names ab is short for alpha_bar.
     python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
     python ddpm.py --sample 64 --checkpoint runs/ddpm_digits  sample from what was trained
     python ddpm.py --task denoiser --sigma 0.5                a denoiser of one noise level (CS180, B.1)
+    python ddpm.py --task autoencoder --dataset stanfordcars --image-size 128
+    python ddpm.py --latent runs/autoencoder_stanfordcars     diffusion of its latents (LDM)
     torchrun --nproc_per_node=4 ddpm.py ...                   train or sample on four GPUs
 """
 
@@ -23,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from modules import EMA, NetworkSettings, make_network
+from modules import EMA, Latents, NetworkSettings, Pixels, make_network
 from support import launch, runs
 from support.errors import UserError, note, run_main
 from support.generators import draw, randn_like, seeded_generator
 from support.images import to_x_0
+from support.latents import LatentSettings, Reconstructions, encoded, load_autoencoder, settle_latent
 from support.launch import Task
 from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling, to_device
@@ -390,16 +393,47 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
 def unconditional(command: Command, data: utils.Data, device: torch.device) -> Task:
     """A UNet that learns to denoise the images; previews always start from the same noise."""
     config, shape = command.config(), tuple(data.images.shape[1:])
+    space, latents = latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
     diffusion = make_diffusion(config)
     settings = settle_sampler(command, config, diffusion.T)
     numbers = torch.arange(64 if shape[-1] <= 32 else 16).split(launch.at_once(config))
 
     def preview(net, epoch: int, path: Path) -> None:
-        eps_theta, how = diffusion.denoiser(net), (shape, settings, config["seed"], device)
-        x_0 = torch.cat([sample(diffusion, eps_theta, part.tolist(), *how).cpu() for part in numbers])
-        save_picture(make_grid(x_0, f"{config['dataset']}, epoch {epoch}, {settings}"), path)
+        eps_theta, how = diffusion.denoiser(net), (space.shape, settings, config["seed"], device)
+        x = [space.decode(sample(diffusion, eps_theta, part.tolist(), *how)).cpu() for part in numbers]
+        save_picture(make_grid(torch.cat(x), f"{config['dataset']}, epoch {epoch}, {settings}"), path)
 
-    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images)
+    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=latents)
+
+
+def latent_space(command: Command, data: utils.Data, device: torch.device):
+    """The latent space of --latent's autoencoder, and the images in it, scaled to variance 1."""
+    part = load_autoencoder(command, data.images.shape[1:])
+    space = make_latents(command["latent"], part | {"scale": 1.0}, data.images.shape[-1], device)
+    latents = encoded(space.encode, data.images, part, command, device)
+    space.scale = latents.autoencoder["scale"]
+    return space, latents
+
+
+def autoencoder_loss(net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
+    """L1 of x_hat, the same of differences of its neighbours, and 1e-6 KL(q(z | x_0) || N(0, I)); -> scalar."""
+    # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 8; LDM, section 3.1)
+    x_hat, mean, log_variance = (out.to(x_0.dtype) for out in net(x_0, generator))  # x_hat = D(z), z ~ q
+    error, kl = x_hat - x_0, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # appendix B
+    edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2  # keeps them sharp
+    return error.abs().mean() + edges + 1e-6 * kl.sum() / x_0.numel()  # sums over an image, by its size
+    # End
+
+
+def autoencoding(command: Command, data: utils.Data, device: torch.device) -> Task:
+    """An autoencoder; a tenth of the images tests it, and is shown beside its reconstruction."""
+    config = command.config() | {"kind": "autoencoder"}
+    held_out, trained_on = hold_out(len(data.images), config["seed"], "an autoencoder")
+    tested = Reconstructions(data.images[held_out], config, launch.at_once(config), device)
+    net, images = make_network(config), data.images[trained_on]
+    task = Task("autoencoder", net, autoencoder_loss, tested.preview, EMA, images, use=("--latent",))
+    task.measures, task.measure = ("psnr", "ssim"), tested.measure
+    return task
 
 
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # at which a single-step denoiser is tested
@@ -446,7 +480,7 @@ def single_step(command: Command, data: utils.Data, device: torch.device) -> Tas
     return Task("denoiser", net, loss, preview, EMA, images, use=use, used_by="analysis.py")
 
 
-TASKS = {"diffusion": unconditional, "denoiser": single_step}
+TASKS = {"diffusion": unconditional, "denoiser": single_step, "autoencoder": autoencoding}
 
 
 @settings()
@@ -477,28 +511,38 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
     """The network of a run, with its averaged weights, or of published ones; -> net, diffusion, config.
 
     Either is called as `net(x_t, t, y=None)` with t in 1..T. `path` is a run's folder or its ckpt.pt, or the
-    folder or the weights file of a published DDPM; `config` holds the settings, "kind", "epoch",
-    "class_names", ... UserError where there is no checkpoint of these kinds, or not the network described.
+    folder or the weights file of a published model; `config` holds the settings, "kind", "epoch",
+    "class_names", "space", the Pixels or Latents that x_0 is of, ... UserError where there is no checkpoint
+    of these kinds, or not the network described.
     """
     config, weights = runs.load_weights(path, kinds)
-    try:
-        net, diffusion = make_network(config), make_diffusion(config)
+    with runs.described(path):
+        net, diffusion, size = make_network(config), make_diffusion(config), config["image_size"]
         net.load_state_dict(weights)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
-        why = "; ".join(line.strip() for line in str(error).splitlines()[:4])
-        raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
+        config["space"] = Pixels((config["channels"], size, size))
+    if config.get("latent"):
+        config["space"] = make_latents(path, config["autoencoder"], size, device)
     return to_device(net, torch.device(device)).eval(), diffusion, config
+
+
+def make_latents(path, part: dict, size: int, device) -> Latents:
+    """The latent space of an autoencoder, `part` of a checkpoint, for images of `size` pixels."""
+    with runs.described(f"the autoencoder in {path}"):
+        autoencoder = make_network(part["config"])
+        autoencoder.load_state_dict(part["weights"])
+        return Latents(to_device(autoencoder, torch.device(device)).eval(), part["scale"], size)
 
 
 def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
     """The sampler for T noise levels: that of the run in `config`, unless one or its options were typed.
 
-    UserError where more strides were asked for than there are noise levels.
+    Latents are not clipped. UserError where more strides were asked for than there are noise levels.
     """
     settings, rows = command[SamplerSettings], command.rows
     chosen = {name for name in rows if name == "sampler" or "sampler=" in " ".join(rows[name]["of"])}
     if not command.typed & chosen and config.get("sampler") in SAMPLERS:
         settings.sampler = config["sampler"]
+    settings.no_clip = settings.no_clip or config.get("latent") is not None
     settings.sample_steps = settings.sample_steps or min(50, T)
     if settings.sample_steps > T:
         more = f"--sample-steps {settings.sample_steps} is more than the {T} noise steps of the network"
@@ -511,6 +555,7 @@ def run_sampling(command: Command) -> None:
     output, seed, device = command[runs.OutputSettings], command["seed"], get_device(command["device"])
     processes = launch.join_processes(device)
     net, diffusion, config = load_network(output.checkpoint, device, ("ddpm",))
+    space = config["space"]
     settings = settle_sampler(command, config, diffusion.T)
     made = runs.made_with({**vars(settings), "seed": seed}, config, net)
     plan = Plan(config, output, command["batch_size"], made, processes)
@@ -519,8 +564,8 @@ def run_sampling(command: Command) -> None:
 
     def draw(numbers, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
         eps_theta = Watched(diffusion.denoiser(net), diffusion.T, bar, film)
-        x_0 = sample(diffusion, eps_theta, numbers, plan.shape, settings, seed, device).cpu()
-        return x_0, list(eps_theta.kept.values())
+        x_0 = sample(diffusion, eps_theta, numbers, space.shape, settings, seed, device)
+        return space.decode(x_0).cpu(), [space.decode(x.to(device)).cpu() for x in eps_theta.kept.values()]
 
     caption = f"{runs.model_name(config)}, {settings}, seed {seed}"
     plan.draw_grids({1.0: draw}, caption, f"{settings.sampler}_{settings.sample_steps}_seed{seed}.png")
@@ -530,6 +575,7 @@ def run_sampling(command: Command) -> None:
 
 GROUPS = {
     "task": TaskSettings,
+    "latent diffusion": LatentSettings,
     "data": utils.DataSettings,
     "network (defaults: by image size)": NetworkSettings,
     "diffusion": DiffusionSettings,
@@ -544,13 +590,14 @@ GROUPS = {
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
+        settle_latent(command)
         own = {"epochs": 5, "preview_every": 1} if command["task"] == "denoiser" else {}  # as in CS180
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
     command.check(owners=not command["resume"])
     if command["sample"] is not None:
         run_sampling(command)
     else:
-        kinds = ("ddpm", "denoiser")
+        kinds = ("ddpm", "denoiser", "autoencoder")
         launch.run_training(command, utils.get_data, utils.NARROW, TASKS, train, kinds)
 
 

@@ -8,6 +8,7 @@ Nichol 2021, https://arxiv.org/abs/2105.05233) and GLIDE (Nichol et al. 2021, ht
     python ddpm_conditional.py --dataset stanfordcars --epochs 80        Stanford Cars by class
     python ddpm_conditional.py --dataset shapes                          text to image
     python ddpm_conditional.py --task classifier                         for --guidance classifier
+    python ddpm_conditional.py --latent runs/autoencoder_stanfordcars    Stanford Cars by class, in latents
 """
 
 import support.environment  # isort: skip  # noqa: F401 (before torch)
@@ -22,11 +23,12 @@ from tqdm import tqdm
 import ddpm
 import utils
 from ddpm import SamplerSettings, load_network
-from modules import EMA, NetworkSettings, make_network
+from modules import EMA, NetworkSettings, Pixels, make_network
 from support import launch, runs
 from support.errors import UserError, note, run_main
 from support.generators import draw, seeded_generator
 from support.images import to_x_0
+from support.latents import settle_latent
 from support.launch import Task
 from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling
@@ -148,8 +150,9 @@ def guided_denoiser(diffusion, net, y: Tensor, scale: float, settings: GuidanceS
     return dynamic_threshold(diffusion, eps_theta, threshold) if threshold else eps_theta
 
 
-def check_guidance(settings: GuidanceSettings, T: int | None = None) -> None:
-    """UserError for a scale listed twice, or an interval the wrong way round or, with T, not in 1..T."""
+def check_guidance(settings: GuidanceSettings, T: int | None = None, latent: str | None = None) -> None:
+    """UserError for a scale listed twice, an interval the wrong way round or, with T, not in 1..T, or a
+    threshold for latents."""
     scales, interval = settings.guidance_scale, settings.guidance_interval
     if len({f"{scale:g}" for scale in scales}) < len(scales):
         raise UserError("--guidance-scale lists the same scale twice")
@@ -157,6 +160,10 @@ def check_guidance(settings: GuidanceSettings, T: int | None = None) -> None:
         raise UserError("--guidance-interval LOW HIGH: LOW must not be above HIGH")
     if interval and T and interval[1] > T:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
+    if latent and settings.dynamic_threshold:
+        raise UserError(
+            "--dynamic-threshold is for pixels, which lie in [-1, 1], not for latents: leave it out"
+        )
 
 
 # Training: a conditional denoiser, or a noise-aware classifier. -------------------------------------------
@@ -186,7 +193,7 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
     config, guidance, name = command.config(), command[GuidanceSettings], command["dataset"]
     diffusion = ddpm.make_diffusion(config)
     settings = ddpm.settle_sampler(command, config, diffusion.T)
-    check_guidance(guidance, diffusion.T)
+    check_guidance(guidance, diffusion.T, config["latent"])
     y, names, y_shown, keep = CONDITIONS[config["condition"]](data, name)
     net = make_network({**config, "kind": "ddpm_conditional", "class_names": data.class_names, **keep})
     if config["init"] and not command["resume"]:  # averaged weights of an unconditional run; the rest is new
@@ -195,20 +202,21 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
         print(f"init     from {config['init']}, epoch {init['epoch']}")
     settle_scale(config["p_uncond"], command)
     shape, scale = tuple(data.images.shape[1:]), guidance.guidance_scale[0]
+    space, latents = ddpm.latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
     columns = 6 if shape[-1] <= 32 else 3
 
     def preview(net, epoch: int, path: Path) -> None:
         numbers = torch.arange(columns).repeat(len(names))  # the same noise in every row
         y, x_0 = y_shown.repeat_interleave(columns, dim=0), []
-        how = shape, settings, config["seed"], device
+        how = space.shape, settings, config["seed"], device
         for part in torch.arange(len(y)).split(launch.at_once(config)):
             eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)
-            x_0.append(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how).cpu())
+            x_0.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)).cpu())
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
         save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
 
     loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])
-    return Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep)
+    return Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep, latents=latents)
 
 
 def classification(command: Command, data: utils.Data, device: torch.device) -> Task:
@@ -292,8 +300,8 @@ def run_sampling(command: Command) -> None:
     processes, each, path = launch.join_processes(device), output.sample, output.checkpoint
     kinds = ("ddpm_conditional", "ddpm") if how.guidance == "classifier" else ("ddpm_conditional",)
     net, diffusion, config = load_network(path, device, kinds)
-    settings = ddpm.settle_sampler(command, config, diffusion.T)
-    check_guidance(guidance, diffusion.T)
+    settings, space = ddpm.settle_sampler(command, config, diffusion.T), config["space"]
+    check_guidance(guidance, diffusion.T, config.get("latent"))
     if how.guidance == "cfg":
         settle_scale(config.get("p_uncond", 0.1), command)
     classifier = how.classifier and load_classifier(how.classifier, config, device)
@@ -307,8 +315,8 @@ def run_sampling(command: Command) -> None:
         asked = y[[i % each % len(names) for i in numbers]].to(device)
         eps_theta = guided_denoiser(diffusion, net, asked, scale, guidance, classifier)
         eps_theta = Watched(eps_theta, diffusion.T, bar, film)
-        x_0 = ddpm.sample(diffusion, eps_theta, numbers, plan.shape, settings, seed, device).cpu()
-        return x_0, list(eps_theta.kept.values())
+        x_0 = ddpm.sample(diffusion, eps_theta, numbers, space.shape, settings, seed, device)
+        return space.decode(x_0).cpu(), [space.decode(x.to(device)).cpu() for x in eps_theta.kept.values()]
 
     columns = {scale: partial(draw, scale=scale) for scale in guidance.guidance_scale}
     one = f", scale {min(columns):g}" if len(columns) == 1 else ""
@@ -356,6 +364,7 @@ def settle_init(command: Command) -> None:
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
+        settle_latent(command)
         own = {"epochs": 30} if command["dataset"] == "digits" else {}  # ten kinds take longer to tell apart
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
     command.check(owners=not command["resume"])

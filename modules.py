@@ -1,5 +1,6 @@
 """The networks: the UNet of DDPM (Ho et al. 2020, https://arxiv.org/abs/2006.11239), the same conditioned on
-labels or captions, a classifier of noisy images, and the average of a network's weights.
+labels or captions, a classifier of noisy images, an autoencoder, whose latents can take the place of pixels
+(LDM, Rombach et al. 2022, https://arxiv.org/abs/2112.10752), and the average of a network's weights.
 
 Every UNet is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
 clean image or v) is the business of ddpm.Diffusion; a network is only a function from image, time and
@@ -16,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support.errors import UserError
+from support.generators import randn_like
 from support.settings import COUNT, real, setting, settings, whole
 from support.text import END, PAD
 
@@ -29,13 +31,14 @@ class NetworkSettings:  # None: by image size, see default_network in support/la
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
 
 
-def timestep_embedding(t: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sinusoidal embedding `[sin(t w_i), cos(t w_i)]`, `w_i = 10000^(-i / (dim/2 - 1))`; t (B,) -> (B, dim).
+def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tensor:
+    """Sinusoids `[sin(t w_i), cos(t w_i)]`, `w_i = 10000^(-i / (dim/2 - shift))`; t (B,) -> (B, dim).
 
-    Vaswani et al. 2017, section 3.5, in the variant of the DDPM code; dim must be even and at least 4.
+    Vaswani et al. 2017, section 3.5; shift is 1 in the code of DDPM. dim must be even and at least 4.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half, device=t.device))  # (half,)
+    rate = math.log(10000.0) / (half - shift)
+    frequencies = torch.exp(-rate * torch.arange(half, device=t.device))  # (half,)
     angles = t.float()[:, None] * frequencies  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -55,20 +58,24 @@ def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """GroupNorm-SiLU-Conv twice, the time embedding added in between; (B, c_in, H, W) -> (B, c_out, H, W)."""
+    """GroupNorm-SiLU-Conv twice, the time embedding added in between; (B, c_in, H, W) -> (B, c_out, H, W).
+
+    With emb_dim = 0 there is no time.
+    """
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.0):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.time = init_layer(nn.Linear(emb_dim, c_out))
+        self.time = init_layer(nn.Linear(emb_dim, c_out)) if emb_dim else None
         self.norm2 = group_norm(c_out)
         self.conv2 = init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = init_layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb: torch.Tensor | None) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
-        h = h + self.time(F.silu(emb))[:, :, None, None]
+        if self.time is not None:
+            h = h + self.time(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.shortcut(x) + h
 
@@ -77,14 +84,15 @@ Context = tuple[torch.Tensor, torch.Tensor]  # encoded tokens (B, L, D), and whi
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over the H x W positions, added to its input, (B, C, H, W).
+    """Self-attention over the H x W positions, added to its input, (B, C, H, W).
 
-    With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 4.1).
+    With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 4.1). Each of
+    the heads has C / heads of the channels (Vaswani et al. 2017, section 3.2.2); DDPM has one.
     """
 
-    def __init__(self, channels: int, context_dim: int = 0):
+    def __init__(self, channels: int, context_dim: int = 0, heads: int = 1):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm, self.heads = group_norm(channels), heads
         self.q, self.k, self.v = (init_layer(nn.Conv2d(channels, channels, 1)) for _ in range(3))
         self.out = init_layer(nn.Conv2d(channels, channels, 1), zero=True)
         self.context = init_layer(nn.Linear(context_dim, 2 * channels)) if context_dim else None
@@ -97,9 +105,10 @@ class Attention(nn.Module):
             k_text, v_text = self.context(tokens).chunk(2, dim=-1)  # (B, L, C) each
             k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)  # (B, HW + L, C)
             mask = torch.cat([real.new_ones(q.shape[:2]), real], dim=1)[:, None, None]  # (B, 1, 1, HW + L)
-        # softmax(q k' / sqrt(C)) v, over the keys that are no padding
-        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)
-        return x + self.out(h[:, 0].transpose(1, 2).reshape(x.shape))
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, ..., d)
+        # softmax(q k' / sqrt(d)) v, over the keys that are no padding
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, HW, d = C / heads)
+        return x + self.out(h.transpose(2, 3).reshape(x.shape))
 
 
 class UNetBlock(nn.Module):
@@ -112,7 +121,7 @@ class UNetBlock(nn.Module):
         self.block = ResidualBlock(c_in, c_out, emb_dim, dropout)
         self.attention = Attention(c_out, context_dim) if attention else None
 
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: Context | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, emb=None, context: Context | None = None) -> torch.Tensor:
         h = self.block(x, emb)
         return h if self.attention is None else self.attention(h, context)
 
@@ -127,6 +136,8 @@ class Encoder(nn.Module):
     the size of the tokens in the context, where a network has one.
     """
 
+    timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
+
     def __init__(
         self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0, context_dim=0
     ):
@@ -136,12 +147,13 @@ class Encoder(nn.Module):
         if any(not 0 < level < len(multipliers) for level in attention):
             where = f"between 1 (half resolution) and {len(multipliers) - 1}"
             raise ValueError(f"attention levels must lie {where}; there is none at full resolution, level 0")
-        self.width, self.divisor, self.emb_dim = width, 2 ** (len(multipliers) - 1), 4 * width
+        self.width, self.divisor, self.emb_dim = width, 2 ** (len(multipliers) - 1), 4 * width * self.timed
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
         self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
 
-        first, second = init_layer(nn.Linear(width, 4 * width)), init_layer(nn.Linear(4 * width, 4 * width))
-        self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
+        if self.timed:
+            first, second = (init_layer(nn.Linear(n, 4 * width)) for n in (width, 4 * width))
+            self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
         self.conv_in = init_layer(nn.Conv2d(channels, width, 3, padding=1))
         c = width
         self.skip_channels = [c]  # of every output that the UNet keeps as a skip
@@ -167,7 +179,7 @@ class Encoder(nn.Module):
         """
         return self.time_mlp(timestep_embedding(t, self.width).to(self.conv_in.weight.dtype)), None
 
-    def encode(self, x: torch.Tensor, emb: torch.Tensor, context: Context | None):
+    def encode(self, x: torch.Tensor, emb: torch.Tensor | None = None, context: Context | None = None):
         """The output of the middle, (B, width * multipliers[-1], H / divisor, W / divisor), and the skips."""
         size = tuple(x.shape[-2:])
         if size[0] % self.divisor or size[1] % self.divisor:
@@ -200,7 +212,8 @@ class UNet(Encoder):
         for level, (c_out, has_attention) in reversed(list(enumerate(self.levels))):
             stack = nn.ModuleList()
             for _ in range(len(self.down[level]) + 1):
-                stack.append(self.block(c + skips.pop(), c_out, attention=has_attention))
+                c += skips.pop() if self.skipped else 0
+                stack.append(self.block(c, c_out, attention=has_attention))
                 c = c_out
             self.up.append(stack)
             if level > 0:
@@ -223,20 +236,32 @@ class UNet(Encoder):
 
 
 class PublishedUNet(UNet):
-    """The UNet as published weights know it: they count time from 0, and say how its norms are made.
+    """The UNet as published weights know it: they count time from 0, and say how its parts are made.
 
-    Called as every network here, with t in 1..T. `norm_groups` and `norm_eps` are of every GroupNorm; the
-    other arguments are the UNet's.
+    Called as every network here, with t in 1..T. `norm_groups` and `norm_eps` are of every GroupNorm. In the
+    `form` of an LDM a head has head_dim channels, the embedding of t has its cosines first and a shift of 0,
+    and convolutions that halve pad each side by padding = 1. The other arguments are the UNet's.
     """
 
-    def __init__(self, norm_groups: int, norm_eps: float, *unet, **more):
+    def __init__(self, norm_groups: int, norm_eps: float, *unet, form: dict | None = None, **more):
         super().__init__(*unet, **more)
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups, module.eps = norm_groups, norm_eps
+        self.form = {"head_dim": None, "cosines": False, "shift": 1, "padding": 0, **(form or {})}
+        set_norms(self, norm_groups, norm_eps)
+        for attention in (module for module in self.modules() if isinstance(module, Attention)):
+            attention.heads = attention.q.out_channels // (self.form["head_dim"] or attention.q.out_channels)
+        for halving in self.downsample if self.form["padding"] else ():
+            halving.pad = nn.ZeroPad2d(self.form["padding"])
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
-        return super().embed(t - 1, y)  # t of 1..T is their 0..T-1
+        emb = timestep_embedding(t - 1, self.width, self.form["shift"])  # t of 1..T is their 0..T-1
+        emb = emb.roll(self.width // 2, dims=1) if self.form["cosines"] else emb
+        return self.time_mlp(emb.to(self.conv_in.weight.dtype)), None
+
+
+def set_norms(net: nn.Module, groups: int, eps: float) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups, module.eps = groups, eps
 
 
 class ConditionalUNet(UNet):
@@ -325,11 +350,123 @@ class Classifier(Encoder):
         return self.head(self.features(x, t))
 
 
+class Autoencoder(UNet):
+    """Two halves of a UNet with a latent z between them: `net(x) -> x_hat, mean, log-variance of q(z | x)`.
+
+    It has neither time nor skips. `encode(x)`, x (B, C, H, W), gives the mean and the log-variance, each
+    (B, latent_channels, H / divisor, W / divisor); `decode(z)` is an image (B, C, H, W) (Kingma & Welling
+    2014; LDM, section 3.1). The other arguments are the Encoder's.
+    """
+
+    timed = skipped = False
+
+    def __init__(self, latent_channels: int, *encoder, **more):
+        super().__init__(*encoder, **more)
+        c, self.latent_channels = self.skip_channels[-1], latent_channels
+        self.norm_z, self.conv_z = group_norm(c), init_layer(nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
+        self.conv_up = init_layer(nn.Conv2d(latent_channels, c, 3, padding=1))
+        self.middle_up = nn.ModuleList([self.block(c, c, attention=True), self.block(c, c, attention=False)])
+
+    def before_z(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv_z(F.silu(self.norm_z(super().encode(x)[0])))
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.before_z(x).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)  # so that its exponential is finite
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        h = self.conv_up(z)  # (B, width * multipliers[-1], H / divisor, W / divisor)
+        for block in self.middle_up:
+            h = block(h)
+        for i, blocks in enumerate(self.up):
+            for block in blocks:
+                h = block(h)  # (B, width * m, H / 2^level, W / 2^level)
+            if i < len(self.upsample):
+                h = self.upsample[i](h)  # twice the height and width
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+
+    def forward(self, x: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, log_variance = self.encode(x)
+        z = mean + (log_variance / 2).exp() * randn_like(mean, generator)  # z ~ q(z | x): eq. 10
+        return self.decode(z), mean, log_variance
+
+
+class PublishedAutoencoder(Autoencoder):
+    """The VQ autoencoder of published LDMs: z becomes the nearest of `codes` vectors before it is decoded.
+
+    van den Oord et al. 2017, eq. 1 and 2. Its encoder knows no variance; a 1x1 convolution stands on either
+    side of the quantiser. The other arguments are those of PublishedUNet and the Autoencoder.
+    """
+
+    def __init__(self, norm_groups, norm_eps, codes, latent_channels, *encoder, **more):
+        super().__init__(latent_channels, *encoder, **more)
+        self.conv_z = nn.Conv2d(self.conv_z.in_channels, latent_channels, 3, padding=1)
+        self.before, self.after = (nn.Conv2d(latent_channels, latent_channels, 1) for _ in range(2))
+        self.codebook = nn.Embedding(codes, latent_channels)
+        set_norms(self, norm_groups, norm_eps)
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z = self.before(self.before_z(x))
+        return z, torch.full_like(z, -math.inf)  # variance 0
+
+    def quantise(self, z: torch.Tensor) -> torch.Tensor:
+        """The vector of the codebook nearest to z (B, C, H, W) at each position; shaped as z."""
+        at_positions = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C)
+        nearest = torch.cdist(at_positions, self.codebook.weight).argmin(1)  # eq. 1
+        return self.codebook(nearest).view(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2)  # eq. 2
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return super().decode(self.after(self.quantise(z)))
+
+
+class Pixels:
+    """Pixel space: x_0 (B, *shape) is the image."""
+
+    factor = 1  # pixels along a side of the image for one of x_0
+
+    def __init__(self, shape: tuple[int, int, int]):
+        self.shape = shape
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    decode = encode
+
+
+class Latents:
+    """Latent space: x_0 = scale E(x), of variance 1, and the image is D(x_0 / scale) (LDM, appendix G).
+
+    E is the mean of q(z | x). `size` is the image's, in pixels. Images go through E and D a few at a time.
+    """
+
+    def __init__(self, autoencoder: Autoencoder, scale: float, size: int):
+        self.autoencoder, self.scale, self.factor = autoencoder, scale, autoencoder.divisor
+        self.shape = (autoencoder.latent_channels, size // self.factor, size // self.factor)
+        self.few = max(1, 2**18 // size**2)
+
+    @torch.no_grad()
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * torch.cat([self.autoencoder.encode(few)[0] for few in x.split(self.few)])
+
+    @torch.no_grad()
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Latents, clean or noisy, (..., *shape) -> images (..., C, H, W)."""
+        z = (x_0 / self.scale).reshape(-1, *self.shape)
+        x = torch.cat([self.autoencoder.decode(few) for few in z.split(self.few)])
+        return x.view(*x_0.shape[:-3], *x.shape[1:])
+
+
 def make_network(config: dict) -> nn.Module:
     """The network that the settings of a run describe, of the run's kind; UserError if they make none."""
     kind, make = config.get("kind"), UNet
+    channels = config["latent_channels" if config.get("latent") else "channels"]
     if kind == "published":
-        make = partial(PublishedUNet, config["norm_groups"], config["norm_eps"])
+        make = partial(PublishedUNet, config["norm_groups"], config["norm_eps"], form=config["form"])
+    elif kind == "published_autoencoder":
+        norms = config["norm_groups"], config["norm_eps"]
+        make = partial(PublishedAutoencoder, *norms, config["codes"], config["latent_channels"])
+    elif kind == "autoencoder":
+        make = partial(Autoencoder, config["latent_channels"])
     elif kind == "classifier":
         make = partial(Classifier, len(config["class_names"]))
     elif kind == "ddpm_conditional" and config["condition"] == "text":
@@ -338,7 +475,7 @@ def make_network(config: dict) -> nn.Module:
     elif kind == "ddpm_conditional":
         make = partial(ConditionalUNet, len(config["class_names"]))
     try:
-        return make(**{name: config[name] for name in ("channels", *vars(NetworkSettings()))})
+        return make(channels, **{name: config[name] for name in vars(NetworkSettings())})
     except ValueError as error:
         raise UserError(f"no network can be made of these settings: {error}") from None
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from operator import attrgetter
@@ -61,53 +61,64 @@ def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator
 
 
 def decoded_now(*how) -> tuple[np.ndarray, np.ndarray]:
-    """What `decode` yields, in one piece, and the positions as an array."""
-    chunks, kept = zip(*decode(*how), strict=True)
+    return joined(decode(*how))
+
+
+def joined(chunks: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """Chunks of images and their positions, in one piece."""
+    chunks, kept = zip(*chunks, strict=True)
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks), np.concatenate(kept).astype(np.int64)
 
 
 def decoded(images: Pictures, cache_file: Path, size: int, channels: int, workers: int) -> tuple:
-    """The images that can be read, (M, C, size, size) uint8, and their positions (M,).
+    """The images that can be read, (M, C, size, size) uint8, and their positions (M,), as in `cached`."""
+    make = partial(decode, images, size, channels, workers)
+    return cached(cache_file, (len(images), channels, size, size), make)
+
+
+def cached(cache_file: Path, shape: tuple[int, ...], make: Callable, dtype=np.uint8) -> tuple:
+    """The images that make() yields in chunks, (M, ...) of the N of a `shape`, and their positions (M,).
 
     They come from `cache_file`, written first if need be; a large set is mapped and may be larger than the
     memory. Where the file can't be written, they are held in memory.
     """
-    shape, why = (len(images), channels, size, size), "it was removed at once"
+    why = "it was removed at once"
     remove_leftovers(cache_file.parent)
-    if found := read_cache(cache_file, shape):
+    if found := read_cache(cache_file, shape, dtype):
         return found
     try:
-        write_cache(cache_file, shape, decode(images, size, channels, workers))
+        write_cache(cache_file, shape, make(), dtype)
     except OSError as error:
         why = error.strerror
-    if found := read_cache(cache_file, shape):  # ours, or that of another process, which has it open
+    if found := read_cache(cache_file, shape, dtype):  # ours, or that of another process, which has it open
         return found
     note(f"the decoded images were not cached in {cache_file}: {why}")
-    return decoded_now(images, size, channels, workers)
+    return joined(make())
 
 
-def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple]) -> None:
-    """Write an .npy file of that shape (decoded images, then zeros), and after it one of their positions."""
+def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple], dtype=np.uint8) -> None:
+    """Write an .npy file of that shape (images, then zeros), and after it one of their positions."""
     cache_file.parent.mkdir(parents=True, exist_ok=True)
     kept = []
     with replacing(cache_file) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for images, positions in chunks:
             file.write(images.tobytes())
             kept += positions
-        file.seek((shape[0] - len(kept)) * math.prod(shape[1:]), os.SEEK_CUR)  # leaves zeros
+        image = math.prod(shape[1:]) * np.dtype(dtype).itemsize  # bytes
+        file.seek((shape[0] - len(kept)) * image, os.SEEK_CUR)  # leaves zeros
         np.save(file, np.array(kept, dtype=np.int64))
 
 
-def read_cache(cache_file: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+def read_cache(cache_file: Path, shape: tuple[int, ...], dtype=np.uint8) -> tuple | None:
     """What write_cache wrote, a large set mapped into memory; None where it is missing or damaged."""
     try:
         images = np.load(cache_file, mmap_mode="c", allow_pickle=False)  # "c": PyTorch wants it writable
         with open(cache_file, "rb") as file:
             file.seek(images.offset + images.nbytes)
             kept = np.load(file, allow_pickle=False)
-        if images.shape != shape or images.dtype != np.uint8:
+        if images.shape != shape or images.dtype != dtype:
             raise ValueError
         images = images[: len(kept)]
         return (images if images.nbytes > MAPPED else np.array(images)), kept

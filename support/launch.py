@@ -14,6 +14,7 @@ from torch import Tensor
 from . import runs
 from .errors import UserError, note
 from .files import digest, quoted
+from .latents import Encoded, settle_levels
 from .loader import Loader
 from .machine import MachineSettings, get_device, to_device
 from .processes import join_processes
@@ -33,6 +34,9 @@ class Task:
     images: Tensor  # (N, C, H, W) uint8
     y: Tensor | None = None  # (N, ...) labels, or captions as tokens
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
+    latents: Encoded | None = None  # what an autoencoder makes of the images, to be trained on
+    measures: Sequence[str] = ()  # further columns of log.csv, after each epoch:
+    measure: Callable | None = None  # measure(averaged network) -> their values
     use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
     used_by: str | None = None  # the script that they are flags of, if not the one that trains
 
@@ -54,6 +58,12 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
     return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
+def default_autoencoder(downsampling: int) -> dict:
+    """The same for an autoencoder whose latents have one value for so many pixels along a side."""
+    multipliers = [1, 2, 4, 4][: downsampling.bit_length()]
+    return dict(width=24, multipliers=multipliers, blocks=1, attention=[], batch_size=8, lr=1e-3)
+
+
 def at_once(config: dict) -> int:
     """The number of images that a process trains on together, and so draws together in its previews."""
     return max(1, config["batch_size"] // (config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))))
@@ -65,15 +75,20 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
     load = partial(get_data, command["dataset"], command["data_root"], "train", **options)
     data = None if options["image_size"] else load()
     size, multipliers = options["image_size"] or data.images.shape[-1], command["multipliers"]
-    if command["attention"] is None and multipliers:
-        command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
-    defaults = default_network(size, narrow)
+    if command["task"] == "autoencoder":
+        factor, defaults = 1, default_autoencoder(settle_levels(command))
+    else:
+        factor = command["downsampling"] if command["latent"] else 1
+        defaults = default_network(size // factor, narrow)
+        if command["attention"] is None and multipliers:
+            command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
     command.settle({name: value for name, value in defaults.items() if command[name] is None}, typed=True)
     levels = len(command["multipliers"])
-    divisor = 2 ** (levels - 1)
+    divisor = 2 ** (levels - 1) * factor
     if size % divisor:
         near = " or ".join(str(n) for n in (size // divisor * divisor, (size // divisor + 1) * divisor) if n)
         needed = f"not divisible by {divisor}, as {levels} levels need it"
+        needed += f" on latents, {factor} times smaller" * (factor > 1)
         raise UserError(f"--image-size {size} is {needed}: try {near}")
     data = data or load()
     epochs, flip = command["epochs"] or 80, data.flip if command["flip"] is None else command["flip"]
@@ -101,15 +116,19 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     dataset = command["dataset"]
     with processes.in_turns() if processes.count > 1 else nullcontext():
         data = load_data(command, get_data, dataset in narrow)
-    torch.manual_seed(machine.seed)
-    task = tasks[command["task"]](command, data, device)
+        torch.manual_seed(machine.seed)
+        task = tasks[command["task"]](command, data, device)
     if max(processes.count, training.accumulate) > 1:
         check_shares(processes.count, training, len(task.images))
     config, net = command.config(), to_device(task.net, device)
     known = digest(task.images) + ("" if task.y is None else digest(task.y))
     keep = {"config": config, "class_names": data.class_names, "data": known, **task.keep}
-    flip, batch_size = command["flip"], training.batch_size
-    loader = Loader(task.images, batch_size, device, task.y, flip, machine.seed, processes)
+    flip, batch_size, images, scale = command["flip"], training.batch_size, task.images, 1.0
+    if task.latents:
+        images, keep["autoencoder"] = task.latents
+        scale = keep["autoencoder"]["scale"]
+    loader = Loader(images, batch_size, device, task.y, flip, machine.seed, processes)
+    loader.scale = scale
     wanted = Path(place.runs) / (place.name or f"{task.kind}_{dataset}")
     if resume:
         wanted = runs.checkpoint_file(place.resume).parent
@@ -124,7 +143,8 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
             task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
         trainer = Trainer(net, task.average, loader, run, training, machine, preview)
-        trainer.keep = {"kind": task.kind, **keep}
+        trainer.keep, trainer.measure = {"kind": task.kind, **keep}, task.measure
+        trainer.columns += tuple(task.measures)
         if resume:
             trainer.resume(resume)
         train(task.loss, trainer)

@@ -19,8 +19,11 @@ class Loader:
     """Batches of a data set, sliced from its one array (N, C, H, W) uint8: no Python runs per image.
 
     The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch.
-    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch.
+    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch. Latents
+    (N, 1 or 2, c, h, w), of images and their mirror images, are multiplied by `scale`.
     """
+
+    scale = 1.0
 
     def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
         self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
@@ -44,9 +47,14 @@ class Loader:
         parts = [self.images, mirrored] if self.y is None else [self.images, mirrored, self.y]
         slices = ([part[i].pin_memory() if pin else part[i] for part in parts] for i in shares)
         for images, mirror, *y in slices if self.resident else ahead(slices):
-            x_0 = to_x_0(images.to(self.device, non_blocking=True))
+            images, mirror = (part.to(self.device, non_blocking=True) for part in (images, mirror))
+            if images.ndim == 5:
+                which = torch.arange(len(images), device=self.device), mirror.long() * self.flip
+                yield images[which].float() * self.scale, y[0].to(self.device) if y else None
+                continue
+            x_0 = to_x_0(images)
             if self.flip:
-                mirror = mirror.to(self.device, non_blocking=True)[:, None, None, None]
+                mirror = mirror[:, None, None, None]
                 x_0 = torch.where(mirror, x_0.flip(-1), x_0)
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 

@@ -36,7 +36,7 @@ class OutputSettings:
 
 
 CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
-ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples")  # what a checkpoint holds beside settings
+ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples", "autoencoder")  # beside the settings
 
 
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
@@ -64,6 +64,16 @@ def load_weights(path: str | Path, kinds: Sequence[str]) -> tuple[dict, dict]:
         return load_published(file)
     checkpoint = load_checkpoint(path, *kinds)
     return {**checkpoint["config"], **{key: checkpoint.get(key) for key in ABOUT}}, checkpoint["ema"]
+
+
+@contextmanager
+def described(path: object) -> Iterator[None]:
+    """UserError where what is made in the block from a checkpoint's settings and weights does not fit."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
+        why = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
 
 
 def check_classifier(path: str, theirs: dict, model: dict, same: Sequence[str]) -> None:
@@ -125,7 +135,8 @@ def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_ep
     """UserError unless a run can go on: from its own ckpt.pt, with the data in `keep`, not past its end."""
     if checkpoint_file(path).name != "ckpt.pt":
         raise UserError(f"--resume {path}: a run goes on in its folder, from its ckpt.pt: name that")
-    if any(checkpoint.get(key) != value for key, value in keep.items() if key != "config"):
+    same = keep.keys() - {"config", "autoencoder"}
+    if any(checkpoint.get(key) != keep[key] for key in same):
         raise UserError("the data set has changed since the run began: bring it back, or start a new run")
     if checkpoint["step"] > epochs * per_epoch:
         raise UserError(f"the run has had {checkpoint['epoch']} epochs already: ask for more --epochs")

@@ -68,6 +68,7 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
+        self.measure, self.columns = None, LOG  # measure(averaged network) -> the last values of a row
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
         if settings.checkpointing:
             recompute_activations(net)
@@ -94,7 +95,7 @@ class Trainer:
             if not self.resumed:
                 self.save()  # from here on there is always a checkpoint
             elif self.rows and self.processes.first:  # perhaps the last ones could not be written
-                log_rows(self.run / "log.csv", LOG, self.rows)
+                log_rows(self.run / "log.csv", self.columns, self.rows)
             for epoch in range(self.steps // per_epoch + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 started, seen = time.monotonic(), 0
@@ -108,7 +109,10 @@ class Trainer:
                 loss, self.loss_sum, took = self.loss_sum / per_epoch, 0.0, time.monotonic() - started
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
-                self.rows.append((epoch, self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}"))
+                row = (epoch, self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}")
+                if self.measure and self.processes.first:
+                    row += self.measure(self.ema.net)
+                self.rows.append(row)
                 self.after_epoch(epoch, stop.is_set())
 
     def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
@@ -170,8 +174,8 @@ class Trainer:
         (stopping,) = self.processes.any(stopping)
         if epoch % settings.save_every == 0 or last or stopping:
             self.save()
-        if self.processes.first and (self.logged or last or stopping or epoch % 10 == 0):
-            self.logged = log_rows(self.run / "log.csv", LOG, self.rows)  # a locked one takes seconds to try
+        if self.processes.first and (self.logged or last or stopping or epoch % 10 == 0):  # a locked one
+            self.logged = log_rows(self.run / "log.csv", self.columns, self.rows)  # takes seconds to try
         if stopping and not last:
             raise Stopped
         if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):

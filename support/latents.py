@@ -1,0 +1,131 @@
+"""What an autoencoder makes of images: computed once, cached like decoded images, and measured."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .cache import cached
+from .errors import UserError, note
+from .files import digest
+from .images import to_x_0
+from .machine import progress
+from .measures import psnr, ssim
+from .pictures import make_grid, save_picture
+from .runs import load_checkpoint
+from .settings import COUNT, Command, setting, settings
+
+HALVED = "pixels along a side for one of a latent: 2, 4 or 8 (default: 4)"
+AT_ONCE = 128  # images that are encoded before they are written
+
+
+@settings()
+class LatentSettings:
+    latent: str | None = setting(
+        None, "run of --task autoencoder, whose latents are the data", "RUN", of="task=diffusion/classifier"
+    )
+    downsampling: int | None = setting(None, HALVED, "N", int, choices=[2, 4, 8], of="task=autoencoder")
+    latent_channels: int = setting(4, "channels of a latent", "N", COUNT, of="task=autoencoder")
+
+
+class Encoded(NamedTuple):
+    """Latents of a data set, float16 (N, 1 or 2, c, h, w), and their autoencoder: config, weights, scale."""
+
+    z: Tensor
+    autoencoder: dict
+
+
+def settle_latent(command: Command) -> None:
+    """With --latent: take the shape of its latents, and its data where no other --dataset was typed."""
+    if not command["latent"]:
+        return
+    theirs = load_checkpoint(command["latent"], "autoencoder")["config"]
+    if "dataset" not in command.typed or command["dataset"] == theirs["dataset"]:
+        command.settle({name: theirs[name] for name in ("dataset", "data_root", "image_size", "channels")})
+    command.settle({name: theirs[name] for name in ("downsampling", "latent_channels")})
+
+
+def settle_levels(command: Command) -> int:
+    """--downsampling, or that of --multipliers; UserError where they contradict each other."""
+    levels = len(command["multipliers"] or ()) or (command["downsampling"] or 4).bit_length()
+    factor = command["downsampling"] or 2 ** (levels - 1)
+    if factor != 2 ** (levels - 1):
+        needs = f"--downsampling {factor} takes {factor.bit_length()} --multipliers, one a level"
+        raise UserError(f"{needs}, not {levels}: leave one of the two out")
+    command.settle({"downsampling": factor}, typed=True)
+    return factor
+
+
+def load_autoencoder(command: Command, shape) -> dict:
+    """The autoencoder of --latent, or of the run of --resume: its settings, weights and, once known, scale.
+
+    UserError where it takes images of other channels than a `shape` (C, H, W) has.
+    """
+    if command["resume"]:
+        return load_checkpoint(command["resume"], "ddpm", "ddpm_conditional", "classifier")["autoencoder"]
+    path, theirs = command["latent"], load_checkpoint(command["latent"], "autoencoder")
+    config = theirs["config"] | {"kind": "autoencoder"}
+    if config["channels"] != shape[0]:
+        takes = f"--latent {path} takes images of {config['channels']} channels, and these have {shape[0]}"
+        raise UserError(f"{takes}: add --channels {config['channels']}, or train an autoencoder on these")
+    if config["image_size"] != shape[-1]:
+        note(f"--latent {path} was trained at {config['image_size']} pixels, and the images have {shape[-1]}")
+    return {"config": config, "weights": theirs["ema"], "scale": None}
+
+
+def encoded(encode: Callable, images: Tensor, part: dict, command: Command, device) -> Encoded:
+    """encode(x) of all images (N, C, H, W) uint8, and with --flip of their mirror images.
+
+    Unless it is known, the scale is measured: that which makes the variance of all values 1.
+    """
+    key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
+    for name, weight in sorted(part["weights"].items()):
+        key.update(f"{name} {digest(weight)}".encode())
+
+    def code(images: Tensor) -> np.ndarray:
+        x = to_x_0(images.to(device))
+        both = [encode(x), encode(x.flip(-1))] if command["flip"] else [encode(x)]
+        return torch.stack(both, dim=1).half().cpu().numpy()
+
+    def chunks() -> Iterator[tuple[np.ndarray, range]]:
+        with progress("encoding", len(images)) as bar:
+            for start in range(0, len(images), AT_ONCE):
+                z = code(images[start : start + AT_ONCE])
+                bar.update(len(z))
+                yield z, range(start, start + len(z))
+
+    cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"
+    shape = (len(images), *code(images[:1]).shape[1:])
+    z = torch.from_numpy(cached(cache_file, shape, chunks, np.float16)[0])
+    mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()
+    variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
+    return Encoded(z, part | {"scale": part["scale"] or max(variance.item(), 1e-12) ** -0.5})
+
+
+class Reconstructions:
+    """Held-out images (N, C, H, W) uint8, of which up to 256 are measured and 32 shown, `at_once` at once."""
+
+    def __init__(self, images: Tensor, config: dict, at_once: int, device):
+        self.x, self.config, self.at_once, self.device = to_x_0(images[:256]), config, at_once, device
+
+    @torch.no_grad()
+    def __call__(self, net, x: Tensor) -> Tensor:
+        """Images (B, C, H, W), encoded and decoded."""
+        parts = (part.to(self.device) for part in x.split(self.at_once))
+        return torch.cat([net.decode(net.encode(part)[0]).float().cpu() for part in parts]).clamp(-1, 1)
+
+    def measure(self, net) -> tuple[str, str]:  # mean PSNR in dB and SSIM
+        x = self(net, self.x)
+        return f"{psnr(x, self.x).mean():.2f}", f"{ssim(x, self.x).mean():.4f}"
+
+    def preview(self, net, epoch: int, path: Path) -> None:
+        of = "PSNR {} dB, SSIM {}".format(*self.measure(net)) + f" on {len(self.x)} held-out images"
+        tqdm.write(f"epoch {epoch}: {of}")
+        x, caption = self.x[:32], f"{self.config['dataset']}, epoch {epoch}: {of}"
+        pairs = torch.stack([x, self(net, x)], 1).flatten(0, 1)
+        save_picture(make_grid(pairs, caption, 8, heads=["image", "reconstruction"] * 4), path)
