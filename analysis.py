@@ -129,15 +129,24 @@ class Model:
     device: torch.device
     folder: Path
 
+    @property
+    def space(self):  # Pixels or Latents
+        return self.config["space"]
+
+    def clipped(self, eps_theta, diffusion: Diffusion | None = None):
+        """The denoiser with its x_0 clipped; one of latents as it is."""
+        latent = self.config.get("latent")
+        return eps_theta if latent else clip_x_0(diffusion or self.diffusion, eps_theta)
+
     def eps_theta(self, numbers: Tensor | None = None):
         """The denoiser of samples of any numbers, x_0 clipped, with the null condition."""
-        return clip_x_0(self.diffusion, self.diffusion.denoiser(self.net))
+        return self.clipped(self.diffusion.denoiser(self.net))
 
     def guided(self, y: Tensor, scale: float, numbers: Tensor, classifier=None):
         """The same for samples of those numbers, given y (n, ...) of all, guided by cfg or a classifier."""
         y, plain = y[numbers].to(self.device), ddpm_conditional.GuidanceSettings()
         guided = ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier)
-        return clip_x_0(self.diffusion, guided)
+        return self.clipped(guided)
 
     def note_condition(self) -> None:
         if self.config["kind"] == "ddpm_conditional":
@@ -244,21 +253,20 @@ def in_batches(eps_theta, batch_size: int, bar):
 
 
 def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None, diffusion=None):
-    """Samples x_0 (B, C, H, W) of those numbers on the CPU, and the evaluations of the denoiser for each.
+    """Sampled images (B, C, H, W) of those numbers on the CPU, and the evaluations of the denoiser for each.
 
     Each starts from noise of its own number, as in `ddpm.py --sample`. `denoiser_of(numbers)` makes the
     denoiser of a batch (default: the model's); `diffusion` is the process to sample (default: the model's).
     """
     diffusion, denoiser_of, done = diffusion or model.diffusion, denoiser_of or model.eps_theta, []
-    shape = (model.config["channels"], model.config["image_size"], model.config["image_size"])
     name = getattr(sampler, "func", sampler).__name__  # of a partial, the function's
     with progress(f"{name}, {steps} steps", len(numbers)) as bar:
         for batch in torch.tensor(numbers).split(settings.batch_size):
-            x_T, generators = numbered_noise(batch.tolist(), shape, settings.seed)
+            x_T, generators = numbered_noise(batch.tolist(), model.space.shape, settings.seed)
             watched = Watched(denoiser_of(batch), diffusion.T, bar)
             timesteps = diffusion.timesteps(steps, getattr(settings, "spacing", None))
             x_0 = sampler(diffusion, watched, x_T.to(model.device), timesteps, generators)
-            done.append(x_0.clamp(-1, 1).cpu())
+            done.append(model.space.decode(x_0).clamp(-1, 1))
     return torch.cat(done), watched.evaluations
 
 
@@ -295,7 +303,7 @@ def chains(diffusion, eps_theta, sampler, x_t, levels, steps, generators):
 
 
 def reconstructions(model, x_t: Tensor, levels: Sequence[int], draws: dict[str, int], settings) -> dict:
-    """x_0 of every x_t (L, B, C, H, W) at t = levels (L,), by each way; -> {way: (L, draws, B, C, H, W)}."""
+    """The image of every x_t (L, B, *) at t = levels (L,), by each way; -> {way: (L, draws, B, C, H, W)}."""
     diffusion, (L, B), x_t = model.diffusion, x_t.shape[:2], x_t.to(model.device)
     steps = min(settings.sample_steps, diffusion.T)
     with progress("denoising", unit="evaluation") as bar:
@@ -303,13 +311,13 @@ def reconstructions(model, x_t: Tensor, levels: Sequence[int], draws: dict[str, 
         # Start: from x_t to x_0
         t, x = torch.tensor(levels, device=model.device).repeat_interleave(B), x_t.flatten(0, 1)  # (L B, ...)
         one_step = diffusion.x_0_from_eps(x, eps_theta(x, t), t)  # DDPM, eq. 15: the mean of all that fit x_t
-        found = {"one-step x_0": one_step.cpu().unflatten(0, (L, 1, B))}
+        found = {"one-step x_0": model.space.decode(one_step).unflatten(0, (L, 1, B))}
         for sampler, K in draws.items():  # down from t: one of those that fit, by ddpm another in each draw
             seeds = [(level, i, 1 + k) for level in levels for k in range(K) for i in range(B)]
             generators = [seeded_generator(settings.seed, *seed) for seed in seeds]
             start = x_t.repeat(1, K, 1, 1, 1)  # (L, K B, C, H, W)
             x = chains(diffusion, eps_theta, sampler, start, levels, steps, generators)
-            found[f"chain, {sampler}"] = x.clamp(-1, 1).cpu().unflatten(1, (K, B))
+            found[f"chain, {sampler}"] = model.space.decode(x).clamp(-1, 1).unflatten(1, (K, B))
         # End
     return found
 
@@ -324,11 +332,11 @@ def compare(x: Tensor, x_0: Tensor, mean: Tensor | float) -> dict:
     return row | {f"{what} kept": share if math.isfinite(share) else None for what, share in kept.items()}
 
 
-def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, evaluator: Evaluator | None = None) -> list:
+def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callable | None = None) -> list:
     """Rms distance of two noisings of one image, and of noisings of two images, at forty levels.
 
     P2, Choi et al. 2022, figure 2. Per pixel and squared they are 2 (1 - ab), and that plus ab |x - x'|^2;
-    with an evaluator also in its features, as the paper's distance is a perceptual one.
+    with an evaluator's `features` also in these, as the paper's distance is a perceptual one.
     """
     rows = []
     for t in sorted({at(25 * k, diffusion.T) for k in range(1, 41)}):
@@ -336,8 +344,8 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, evaluator: Evalua
         a, b = (diffusion.noise_images(x_0, times, seeded_generator(seed, t, i))[0] for i in (0, 1))
         for what, other in (("one image", b), ("two images", b.roll(1, 0))):
             row = {"of": what, "snr": diffusion.snr[t], "pixels": (a - other).square().mean().sqrt()}
-            if evaluator:
-                row["features"] = (evaluator.features(a) - evaluator.features(other)).square().mean().sqrt()
+            if features:
+                row["features"] = (features(a) - features(other)).square().mean().sqrt()
             rows.append(row)
     return rows
 
@@ -350,62 +358,93 @@ def noise(settings: Settings, model: Model) -> Result:
     """What a model recovers from x_t, at each noise level: noise images, reconstruct, compare (P2).
 
     Where reconstructions equal x_0 the model read it in x_t; where draws differ it made it up. Detail (high
-    frequencies) is lost to little noise, colour and layout (low ones) last.
+    frequencies) is lost to little noise, colour and layout (low ones) last. A latent model denoises latents;
+    what its autoencoder loses by itself, without any noise, stands beside that and bounds it.
     """
-    diffusion, evaluator = model.diffusion, load_evaluator(settings.classifier, model)
+    diffusion, evaluator, space = model.diffusion, load_evaluator(settings.classifier, model), model.space
     model.note_condition()
     by_snr = settings.snr and nearest_times(diffusion, torch.tensor(settings.snr).double()).tolist()
     levels = chosen_levels(by_snr or settings.levels, (50, 150, *range(300, 901, 150), 1000), diffusion.T)
-    x_0 = chosen_images(settings, model.config, settings.images)  # (B, C, H, W)
-    L, B = len(levels), len(x_0)
-    mean = 0.0 if settings.image or B == 1 else x_0.mean(0)  # what all of them share; else mid-gray
-    labels = evaluator and evaluator.p(x_0).argmax(1)
+    x = chosen_images(settings, model.config, settings.images)  # (B, C, H, W)
+    x_0 = space.encode(x.to(model.device)).cpu()  # the same, or their latents (B, c, h, w)
+    L, B = len(levels), len(x)
+    mean = 0.0 if settings.image or B == 1 else x.mean(0)  # what all of them share; else mid-gray
+    labels = evaluator and evaluator.p(x).argmax(1)
     draws = {sampler: settings.draws if sampler == "ddpm" else 1 for sampler in settings.samplers}
     # Start: one x_t for each level and image, the same for all reconstructions
     generators = [seeded_generator(settings.seed, level, i) for level in levels for i in range(B)]
     t = torch.tensor(levels).repeat_interleave(B)  # (L B,)
     x_t = diffusion.noise_images(x_0.repeat(L, 1, 1, 1), t, generators)[0].unflatten(0, (L, B))  # eq. 4
     # End
-    found, rows = reconstructions(model, x_t, levels, draws, settings), []
-    for name, x in found.items():
-        for level, several in reversed(list(zip(levels, x, strict=True))):  # several: (K, B, C, H, W)
-            each = [compare(draw, x_0, mean) for draw in several]
+    found, rows, ends = reconstructions(model, x_t, levels, draws, settings), [], {"x_0": x}
+    if space.factor > 1:
+        ends = {"auto-\nencoder": model.space.decode(x_0).clamp(-1, 1), **ends}
+        found[BOUND] = ends["auto-\nencoder"].expand(L, 1, *x.shape)
+    for name, made in found.items():
+        for level, several in reversed(list(zip(levels, made, strict=True))):  # several: (K, B, C, H, W)
+            each = [compare(draw, x, mean) for draw in several]
             row, K = {"reconstruction": name, "t": level, "snr": diffusion.snr[level]}, len(several)
             row |= {key: None if each[0][key] is None else np.mean([m[key] for m in each]) for key in each[0]}
             if evaluator:
                 row["classifier agrees"] = evaluator.agreement(several.flatten(0, 1), labels.repeat(K))
             if K > 1:  # what the draws share is what the model recovered from x_t
                 row["spread of draws"] = several.std(0).square().mean().sqrt().item() / 2
-                row["mse of their mean"] = ((several.mean(0) - x_0) / 2).square().mean().item()
+                row["mse of their mean"] = ((several.mean(0) - x) / 2).square().mean().item()
             rows.append(row)
-    far = two_noisings(diffusion, x_0, settings.seed, evaluator) if B > 1 else []
+    features = evaluator and (lambda x_t: evaluator.features(model.space.decode(x_t)))
+    far = two_noisings(diffusion, x_0, settings.seed, features) if B > 1 else []
     keys = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in keys if key not in ("reconstruction", "t", "snr", "mse of their mean")]
     panels = [over_snr(key, key, curves(rows, "reconstruction", "snr", key), "x") for key in keys]
     panels += [over_snr("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels"), "x")]
     near = curves(far, "of", "snr", "features")
     panels += [over_snr("the same to the classifier", "rms per feature", near, "x")]
-    grids = noise_grids({"x_t": x_t[:, None], **found}, x_0[: settings.show], diffusion, levels)
-    energy = zip(BANDS, measures.energy_bands(x_0 - mean).mean(0), strict=True)
+    shown = {"x_t": model.space.decode(x_t)[:, None], **found}
+    shown.pop(BOUND, None)
+    ends = {head: end[: settings.show] for head, end in ends.items()}
+    grids = noise_grids(shown, ends, diffusion, levels)
+    energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     drawn = f", {draws['ddpm']} draws of each by ddpm" if "ddpm" in draws else ""
     shares = ", ".join(f"{band} {share:.0%}" for band, share in energy)
     notes = [f"over {B} images{drawn}; mse, psnr{', spread' if drawn else ''}: of images in [0, 1]"]
     notes += [f"kept: the share of x_0's energy, counted from {zero}: {shares}. low: to 0.125 cycles a"]
-    notes += ["pixel, middle: to 0.25" + ("; luma: of Y, chroma: of Cb and Cr" if x_0.shape[1] == 3 else "")]
+    notes += ["pixel, middle: to 0.25" + ("; luma: of Y, chroma: of Cb and Cr" if x.shape[1] == 3 else "")]
+    if BOUND in found:
+        notes += where_lost(rows)
+        rows = [row for row in rows if row["reconstruction"] != BOUND or row["t"] == levels[-1]]
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 
 
-def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence[int]) -> list[Image.Image]:
-    """A grid for each x (L, K, B, C, H, W): its first draw, and where there are several also their mean."""
-    grids, heads = [], [*(snr_label(diffusion, t).replace(", ", "\n") for t in reversed(levels)), "x_0"]
-    labels = [f"image {i + 1}" for i in range(len(x_0))]
+BOUND = "autoencoder, no noise"  # the same at every level
+
+
+def where_lost(rows: Sequence[dict]) -> list[str]:
+    """For each way of a latent model, the shares of each band that the autoencoder loses, and it besides."""
+    kept = {(row["reconstruction"], row["t"]): [row[f"{band} kept"] or 0 for band in BANDS] for row in rows}
+    times, lines = sorted({t for _, t in kept}), []
+    of = {name: kept[name, times[0]] for name, _ in kept}
+    for name, shares in of.items():
+        lost = [1 - a if name == BOUND else b - a for a, b in zip(shares, of[BOUND], strict=True)]
+        where = "in the autoencoder" if name == BOUND else f"besides by {name}, t = {times[0]}"
+        lines.append(f"lost {where}: " + ", ".join(f"{b} {s:.0%}" for b, s in zip(BANDS, lost, strict=True)))
+    return lines[-1:] + lines[:-1]
+
+
+def noise_grids(shown: dict, ends: dict, diffusion: Diffusion, levels: Sequence[int]) -> list[Image.Image]:
+    """A grid for each x (L, K, B, C, H, W): its first draw, and where there are several also their mean.
+
+    The last columns are the `ends`, {head: (B, C, H, W)}.
+    """
+    grids, heads = [], [*(snr_label(diffusion, t).replace(", ", "\n") for t in reversed(levels)), *ends]
+    count = len(ends["x_0"])
+    labels = [f"image {i + 1}" for i in range(count)]
     for name, x in shown.items():
         parts = {name: x[:, 0]}
         if x.shape[1] > 1:
             parts = {f"{name}, one draw": x[:, 0], f"{name}, mean of {x.shape[1]} draws": x.mean(1)}
         for caption, part in parts.items():
-            cells = torch.stack([*part.flip(0)[:, : len(x_0)], x_0], dim=1).flatten(0, 1)
+            cells = torch.stack([*part.flip(0)[:, :count], *ends.values()], dim=1).flatten(0, 1)
             grids.append(make_grid(cells, caption, len(heads), labels, heads))
     return grids
 
@@ -649,17 +688,19 @@ def denoise(settings: Settings, *models: Model) -> Result:
         diffusion = model.diffusion
         if settings.schedule:
             raise UserError("--schedule comes from the run: leave it out")
-    x_0, pictures, labels, rows = chosen_images(settings, first and first.config, settings.images), [], [], []
+    x, pictures, labels, rows = chosen_images(settings, first and first.config, settings.images), [], [], []
+    x_0 = first.space.encode(x).cpu() if first else x
     for t in reversed(chosen_levels(settings.levels, (250, 500, 750), diffusion.T)):
         ways, kernel = denoised(diffusion, networks, x_0, t, settings)
-        values = {name: psnr(x, x_0).mean().item() for name, x in ways.items()}
+        ways = {name: first.space.decode(made) for name, made in ways.items()} if first else ways
+        values = {name: psnr(made, x).mean().item() for name, made in ways.items()}
         for name, value in values.items():
             row = {"noise": f"t = {t}", "snr": diffusion.snr[t], "denoised by": name, "psnr": value}
             rows.append(row | (kernel if name == "best blur" else {}))
-        pictures += [x[:1] for x in (x_0, *ways.values())]
+        pictures += [one[:1] for one in (x, *ways.values())]
         reached = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
         labels.append(f"{snr_label(diffusion, t)}: PSNR {reached}")
-    caption = f"x_t / sqrt(alpha_bar) and what is made of it; PSNR in dB over {len(x_0)} images"
+    caption = f"x_t / sqrt(alpha_bar) and what is made of it; PSNR in dB over {len(x)} images"
     figure: list = [make_grid(torch.cat(pictures), caption, len(ways) + 1, labels, ["x_0", *ways])]
     for model in denoisers:
         seen, of_denoiser = one_level(model)
@@ -739,7 +780,7 @@ def samplers(settings: Settings, model: Model) -> Result:
     def draw(sampler: str, schedule: str, steps: int, numbers: range) -> tuple[Tensor, int]:
         diffusion = Diffusion(T, schedule)
         eps_theta = plain if schedule == trained else on_schedule(model.diffusion, diffusion, plain)
-        clipped = clip_x_0(diffusion, eps_theta)
+        clipped = model.clipped(eps_theta, diffusion)
         return draw_samples(model, numbers, SAMPLERS[sampler], steps, settings, lambda _: clipped, diffusion)
 
     counts = sorted({min(steps, T) for steps in (5, 10, 20, 50, 100, 250, T)})
@@ -938,11 +979,11 @@ def losses(settings: Settings, *models: Model) -> Result:
     in its way: compare only runs of one weighting by them.
     """
     same_data(models)
-    x_0 = chosen_images(settings, models[0].config, settings.images)
+    x = chosen_images(settings, models[0].config, settings.images)
     rows, errors, training, keys = [], [], [], ("mse of eps", "mse of x_0")
     for model in models:
         model.note_condition()
-        diffusion, of_model = model.diffusion, []
+        diffusion, of_model, x_0 = model.diffusion, [], model.space.encode(x).cpu()
         levels = sorted({at(t, diffusion.T) for t in (1, 10, *range(40, 1001, 40))})
         with progress(model.path, len(levels) * len(x_0)) as bar:
             eps_theta = in_batches(diffusion.denoiser(model.net), settings.batch_size, bar)
@@ -965,6 +1006,8 @@ def losses(settings: Settings, *models: Model) -> Result:
     panels = [over_snr(key, key, curves(errors, "run", "snr", key)) for key in keys]
     title = "training loss, as each run weights it"
     panels.append(Panel(title, "epoch", "loss", curves(training, "run", "epoch", "loss"), "y"))
+    if len({model.space.shape for model in models}) > 1:
+        note("errors of latents and of pixels are not of one unit: do not compare their heights")
     notes = [f"on {len(x_0)} images and the same noise; a stage's mean: of t = 1, 10, 40, 80, ... in it"]
     if len({model.config["schedule"] for model in models}) > 1:
         notes.append("the schedules differ, and so does the SNR at these t: compare the charts, over SNR")

@@ -400,7 +400,7 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
 
     def preview(net, epoch: int, path: Path) -> None:
         eps_theta, how = diffusion.denoiser(net), (space.shape, settings, config["seed"], device)
-        x = [space.decode(sample(diffusion, eps_theta, part.tolist(), *how)).cpu() for part in numbers]
+        x = [space.decode(sample(diffusion, eps_theta, part.tolist(), *how)) for part in numbers]
         save_picture(make_grid(torch.cat(x), f"{config['dataset']}, epoch {epoch}, {settings}"), path)
 
     return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=latents)
@@ -416,7 +416,7 @@ def latent_space(command: Command, data: utils.Data, device: torch.device):
 
 
 def autoencoder_loss(net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
-    """L1 of x_hat, the same of differences of its neighbours, and 1e-6 KL(q(z | x_0) || N(0, I)); -> scalar."""
+    """L1 of x_hat, and of differences of its neighbours, and 1e-6 KL(q(z | x_0) || N(0, I)); -> scalar."""
     # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 8; LDM, section 3.1)
     x_hat, mean, log_variance = (out.to(x_0.dtype) for out in net(x_0, generator))  # x_hat = D(z), z ~ q
     error, kl = x_hat - x_0, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # appendix B
@@ -530,7 +530,8 @@ def make_latents(path, part: dict, size: int, device) -> Latents:
     with runs.described(f"the autoencoder in {path}"):
         autoencoder = make_network(part["config"])
         autoencoder.load_state_dict(part["weights"])
-        return Latents(to_device(autoencoder, torch.device(device)).eval(), part["scale"], size)
+        net = to_device(autoencoder, torch.device(device)).eval()
+        return Latents(net, part["scale"], size, device)
 
 
 def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
@@ -565,7 +566,7 @@ def run_sampling(command: Command) -> None:
     def draw(numbers, bar: tqdm) -> tuple[Tensor, list[Tensor]]:
         eps_theta = Watched(diffusion.denoiser(net), diffusion.T, bar, film)
         x_0 = sample(diffusion, eps_theta, numbers, space.shape, settings, seed, device)
-        return space.decode(x_0).cpu(), [space.decode(x.to(device)).cpu() for x in eps_theta.kept.values()]
+        return space.decode(x_0), [space.decode(x_t) for x_t in eps_theta.kept.values()]
 
     caption = f"{runs.model_name(config)}, {settings}, seed {seed}"
     plan.draw_grids({1.0: draw}, caption, f"{settings.sampler}_{settings.sample_steps}_seed{seed}.png")
@@ -590,7 +591,8 @@ GROUPS = {
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
-        settle_latent(command)
+        if command["latent"]:
+            settle_latent(command)
         own = {"epochs": 5, "preview_every": 1} if command["task"] == "denoiser" else {}  # as in CS180
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
     command.check(owners=not command["resume"])

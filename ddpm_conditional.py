@@ -211,7 +211,7 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
         how = space.shape, settings, config["seed"], device
         for part in torch.arange(len(y)).split(launch.at_once(config)):
             eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)
-            x_0.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)).cpu())
+            x_0.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)))
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
         save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
 
@@ -228,6 +228,8 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
         raise UserError(f"data set {name} has no labels to classify by: {sort}")
     held_out, trained_on = hold_out(len(data.images), seed, "a classifier")
     x_0, y, log = to_x_0(data.images[held_out]), data.labels[held_out], []  # rows of accuracy.csv
+    space, latents = ddpm.latent_space(command, data, device) if config["latent"] else (Pixels(()), None)
+    x_0, latents = space.encode(x_0).cpu(), latents and latents._replace(z=latents.z[trained_on])
 
     def preview(net, epoch: int, path: Path) -> None:
         found = measure_accuracy(diffusion, net, x_0, y, launch.at_once(config), seed, device)
@@ -236,12 +238,13 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
         rows, x_t = [f"t = {t}: {share:.1%}" for t, share, _ in found], torch.cat([x_t for *_, x_t in found])
         tqdm.write(f"epoch {epoch}: accuracy at {', '.join(rows)}")
         caption = f"{name}, epoch {epoch}: accuracy at each noise level, on {len(x_0)} held-out images"
-        save_picture(make_grid(x_t, caption, len(x_t) // len(rows), rows), path)
+        save_picture(make_grid(space.decode(x_t), caption, len(x_t) // len(rows), rows), path)
 
     net = make_network({**config, "kind": "classifier", "class_names": data.class_names})
     use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")
     loss, images = partial(classifier_loss, diffusion), data.images[trained_on]
-    return Task("classifier", net, loss, preview, EMA, images, data.labels[trained_on], use=use)
+    y_0 = data.labels[trained_on]
+    return Task("classifier", net, loss, preview, EMA, images, y_0, use=use, latents=latents)
 
 
 @torch.no_grad()
@@ -281,6 +284,14 @@ def load_classifier(path: str, model: dict, device, same=(*SAME_DATA, "noise_ste
         raise UserError(f"a classifier takes a model of labels; this one was trained on {on}: use cfg")
     classifier, _, theirs = load_network(path, device, ("classifier",))
     runs.check_classifier(path, theirs, model, same)
+    scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # each has its own
+    if scales[0] != (scales[1] if "schedule" in same else None):  # an evaluator sees images
+        of = (
+            "images, not latents: train one without --latent"
+            if "schedule" not in same
+            else (f"the model's latents: train one with --task classifier --latent {model.get('latent')}")
+        )
+        raise UserError(f"--classifier {path}: this takes one of {of}")
     return classifier.requires_grad_(False)
 
 
@@ -316,7 +327,7 @@ def run_sampling(command: Command) -> None:
         eps_theta = guided_denoiser(diffusion, net, asked, scale, guidance, classifier)
         eps_theta = Watched(eps_theta, diffusion.T, bar, film)
         x_0 = ddpm.sample(diffusion, eps_theta, numbers, space.shape, settings, seed, device)
-        return space.decode(x_0).cpu(), [space.decode(x.to(device)).cpu() for x in eps_theta.kept.values()]
+        return space.decode(x_0), [space.decode(x_t) for x_t in eps_theta.kept.values()]
 
     columns = {scale: partial(draw, scale=scale) for scale in guidance.guidance_scale}
     one = f", scale {min(columns):g}" if len(columns) == 1 else ""
@@ -364,7 +375,8 @@ def settle_init(command: Command) -> None:
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
-        settle_latent(command)
+        if command["latent"]:
+            settle_latent(command)
         own = {"epochs": 30} if command["dataset"] == "digits" else {}  # ten kinds take longer to tell apart
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
     command.check(owners=not command["resume"])

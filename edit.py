@@ -327,7 +327,7 @@ class Model:
         self.net, self.diffusion, self.config = ddpm.load_network(path := command["checkpoint"], self.device)
         ddpm.settle_sampler(command, self.config, self.diffusion.T)
         command.settle(defaults)
-        ddpm_conditional.check_guidance(self.guidance, self.diffusion.T)
+        ddpm_conditional.check_guidance(self.guidance, self.diffusion.T, self.config.get("latent"))
 
         self.names, self.y = [""], None  # the conditions (R, ...), if any
         if typed and self.config["kind"] != "ddpm_conditional":
@@ -339,6 +339,7 @@ class Model:
             note(f"{path} is conditional: without --labels or --prompt it gets the null condition")
         path, same = self.settings.classifier, ddpm_conditional.SAME_DATA
         self.classifier = path and ddpm_conditional.load_classifier(path, self.config, self.device, same)
+        self.space = self.config["space"]  # where x_0 is; the user's images are pixels
         self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
         T, steps = self.diffusion.T, self.sampling.sample_steps
         self.timesteps, spacing = ddpm.strided_timesteps(T), self.sampling.spacing
@@ -366,7 +367,7 @@ class Model:
         return [seeded_generator(self.machine.seed, item.draw, item.image) for item in items]
 
     def noise(self, generators: list[torch.Generator]) -> Tensor:  # x_T (B, C, H, W)
-        return randn_like(torch.empty(len(generators), *self.shape, device=self.device), generators)
+        return randn_like(torch.empty(len(generators), *self.space.shape, device=self.device), generators)
 
     def denoiser(self, items: list[Item], scale: float | None = None):
         """eps_theta for a batch, each item with its condition, guided at `scale` or at --guidance-scale."""
@@ -389,11 +390,21 @@ class Model:
         generators = self.generators(items)
         return self.sampler(self.diffusion, eps_theta, self.noise(generators), self.timesteps, generators)
 
+    def in_pixels(self, why: str) -> None:
+        """UserError for a model of latents."""
+        if self.space.factor > 1:
+            path = self.settings.checkpoint
+            raise UserError(f"{path} is a model of latents, and this edit takes one of pixels: {why}")
+
     def classes(self, *columns: Tensor) -> list[tuple]:
         """The classifier's names of the images in each row of columns (N, C, H, W); [] without one."""
         t = torch.ones(len(columns[0]), dtype=torch.long, device=self.device)
         found = [self.classifier(x.to(self.device), t).argmax(1).tolist() for x in columns if self.classifier]
         return [tuple(self.config["class_names"][label] for label in row) for row in zip(*found, strict=True)]
+
+    def seen(self, eps_theta: Watched) -> dict[int, Tensor]:
+        """The x_t that a watched denoiser kept, as images, by t."""
+        return {t: self.space.decode(x_t) for t, x_t in eps_theta.kept.items()}
 
     def batches(self, what: str, items, edit, images: int = 1) -> dict[str, Tensor]:
         """The columns of `edit(items of a batch, bar)`, joined; an item moves the bar by so many images."""
@@ -422,12 +433,14 @@ def run_sdedit(model: Model):
     images, items = model.read_images()
 
     def edit(items: list[Item], bar) -> dict[str, Tensor]:
-        x_0 = images[[item.image for item in items]]
-        columns = {"input": x_0.repeat_interleave(2, 0)}  # two rows for each item
+        x = images[[item.image for item in items]]
+        columns, x_0 = {"input": x.repeat_interleave(2, 0)}, model.space.encode(x)  # two rows for each item
         for head, timesteps in ways.items():
             eps_theta = Watched(model.denoiser(items), diffusion.T, bar, timesteps[:1])
             x = sdedit(diffusion, model.sampler, eps_theta, x_0, timesteps, model.generators(items))
-            columns[head] = torch.stack([eps_theta.kept[timesteps[0]], x.cpu()], 1).flatten(0, 1)
+            columns[head] = torch.stack([*model.seen(eps_theta).values(), model.space.decode(x)], 1).flatten(
+                0, 1
+            )
         return columns
 
     columns = model.batches("sdedit", items, edit, len(ways))
@@ -462,13 +475,16 @@ def run_inpaint(model: Model):
     if settings.jump > 1 and settings.resample == 1:
         raise UserError("--jump is of RePaint: add --resample 2 or more, or leave it out")
     hole = read_hole(settings.box, settings.mask, model.shape[-1])[None, None].to(model.device)
+    touched = F.max_pool2d(hole.float(), model.space.factor) > 0  # the values of x_0 that have pixels in it
     parts = segments(model.timesteps, settings.resample, settings.jump)
 
     def edit(items: list[Item], bar) -> dict[str, Tensor]:
-        x_0, generators = images[[item.image for item in items]], model.generators(items)
+        x, generators = images[[item.image for item in items]], model.generators(items)
         eps_theta, x_T = model.watched(model.denoiser(items), bar), model.noise(generators)
-        x = inpaint(model.diffusion, model.sampler, eps_theta, x_T, parts, x_0, hole, generators)
-        return {"input": x_0, "known": torch.where(hole, 0 * x_0, x_0), **eps_theta.kept, "result": x}
+        x_0, known = model.space.encode(x), torch.where(hole, 0 * x, x)
+        x_0 = inpaint(model.diffusion, model.sampler, eps_theta, x_T, parts, x_0, touched, generators)
+        result = torch.where(hole, model.space.decode(x_0).to(x), x)  # known pixels stay what they were
+        return {"input": x, "known": known, **model.seen(eps_theta), "result": result}
 
     columns = model.batches("inpaint", items, edit)
     labels, notes = [item.label for item in items], []
@@ -481,6 +497,7 @@ def run_inpaint(model: Model):
 
 def draw_pair(model: Model, compose, columns_of) -> dict[str, Tensor]:
     """The x_t, and columns_of(x), of pictures x drawn by compose(eps_1, eps_2) of two conditions."""
+    model.in_pixels("its two readings share pixels, or frequencies of pixels")
     if len(model.names) != 2:
         raise UserError("this takes a conditional model and two conditions: --labels 6,9, or two of --prompt")
 
@@ -541,7 +558,8 @@ def run_interpolate(model: Model):
     ends, iterations = [Item(), Item(condition=len(names) - 1)], model.settings.iterations
     with progress("inversion", 2) as bar:
         eps_theta = model.watched(model.denoiser(ends), bar, iterations * model.sampling.sample_steps)
-        x_T = ddim_inversion(model.diffusion, model.clipped(eps_theta), images, model.timesteps, iterations)
+        x_0, eps_theta = model.space.encode(images), model.clipped(eps_theta)
+        x_T = ddim_inversion(model.diffusion, eps_theta, x_0, model.timesteps, iterations)
     images, (a, b) = images.cpu(), x_T.cpu().unsqueeze(1)  # a and b (1, C, H, W)
 
     def edit(numbers: range, bar) -> dict[str, Tensor]:
@@ -551,7 +569,7 @@ def run_interpolate(model: Model):
         eps_theta, x_T = model.watched(eps_theta, bar), slerp(a.expand(B, -1, -1, -1), b, u)
         generators = model.generators([Item()] * B)  # the same for all, where the sampler adds noise
         x_0 = model.sampler(model.diffusion, eps_theta, x_T.to(model.device), model.timesteps, generators)
-        return {"found": torch.stack([x_T, x_0.cpu()], 1)}
+        return {"found": torch.stack([model.space.decode(x_T), model.space.decode(x_0)], 1)}
 
     found = model.batches("sampling", range(last + 1), edit)["found"]  # (frames, 2, C, H, W)
     columns = {f"u = {u}/{last}": pair for u, pair in enumerate(found)}
@@ -569,11 +587,12 @@ def run_sds(model: Model):
     def make(items: list[Item], bar, scale: float, kind: str | None) -> dict[str, Tensor]:
         eps_theta = model.watched(model.denoiser(items, scale), bar, total=steps if kind else 0)
         if kind is None:
-            return {"x": torch.stack([model.sample(eps_theta, items)] * len(snapshot_steps), 1)}
+            x = model.space.decode(model.sample(eps_theta, items))
+            return {"x": torch.stack([x] * len(snapshot_steps), 1)}
         generators, lr = model.generators(items), settings.lr
         start = PARAMETERISATIONS[kind](model.noise(generators))
         x = score_distillation(diffusion, eps_theta, start, steps, lr, generators, snapshot_steps)
-        return {"x": x.transpose(0, 1)}
+        return {"x": model.space.decode(x).transpose(0, 1)}
 
     columns, notes, results = {}, [], []
     scales = [1.0] if model.y is None else model.guidance.guidance_scale
@@ -595,6 +614,7 @@ def run_sds(model: Model):
 def run_restore(model: Model):
     """Colourise, deblur or enlarge an image (DDNM)."""
     settings, off = model.settings, []
+    model.in_pixels("what was measured is linear in pixels, and a decoder is not")
     options = {"super_resolve": {"factor": settings.factor}, "deblur": {"sigma": settings.blur_sigma}}
     measurement = PROBLEMS[settings.problem](model.shape, **options.get(settings.problem, {}))
     shape = measurement.A(torch.zeros(1, *model.shape)).shape[1:]  # of y; an image file has C channels

@@ -430,7 +430,8 @@ class Pixels:
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    decode = encode
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        return x_0.cpu()
 
 
 class Latents:
@@ -439,20 +440,21 @@ class Latents:
     E is the mean of q(z | x). `size` is the image's, in pixels. Images go through E and D a few at a time.
     """
 
-    def __init__(self, autoencoder: Autoencoder, scale: float, size: int):
-        self.autoencoder, self.scale, self.factor = autoencoder, scale, autoencoder.divisor
+    def __init__(self, autoencoder: Autoencoder, scale: float, size: int, device):
+        self.autoencoder, self.scale, self.device = autoencoder, scale, device
+        self.factor, self.few = autoencoder.divisor, max(1, 2**18 // size**2)
         self.shape = (autoencoder.latent_channels, size // self.factor, size // self.factor)
-        self.few = max(1, 2**18 // size**2)
 
     @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale * torch.cat([self.autoencoder.encode(few)[0] for few in x.split(self.few)])
+        parts = (few.to(self.device) for few in x.split(self.few))
+        return self.scale * torch.cat([self.autoencoder.encode(few)[0] for few in parts])
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Latents, clean or noisy, (..., *shape) -> images (..., C, H, W)."""
-        z = (x_0 / self.scale).reshape(-1, *self.shape)
-        x = torch.cat([self.autoencoder.decode(few) for few in z.split(self.few)])
+        """Latents, clean or noisy, (..., *shape) -> images (..., C, H, W) on the CPU."""
+        parts = (x_0 / self.scale).reshape(-1, *self.shape).split(self.few)
+        x = torch.cat([self.autoencoder.decode(few.to(self.device)).float().cpu() for few in parts])
         return x.view(*x_0.shape[:-3], *x.shape[1:])
 
 

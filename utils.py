@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from support import cars, scenes
-from support.cache import decoded, decoded_now, fingerprint
+from support.cache import decode, decoded, fingerprint, joined
 from support.errors import UserError, note
 from support.files import damage
 from support.images import READ, image_files, labelled_folders, note_skipped, read_captions, splits_of
@@ -346,7 +346,7 @@ def get_data(
     if isinstance(images, np.memmap) and images.shape[1:] == (size, size, channels):  # needs no decoding
         array, kept = images.transpose(0, 3, 1, 2), np.arange(len(images))
     elif isinstance(images, np.ndarray) and images.nbytes < 2**20:  # decoded as soon as found in a cache
-        array, kept = decoded_now(images, size, channels, workers or 1)
+        array, kept = joined(decode(images, size, channels, workers or 1))
     else:
         key = fingerprint(images, source.root)
         cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{key}.npy"

@@ -60,10 +60,6 @@ def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator
         pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
 
 
-def decoded_now(*how) -> tuple[np.ndarray, np.ndarray]:
-    return joined(decode(*how))
-
-
 def joined(chunks: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """Chunks of images and their positions, in one piece."""
     chunks, kept = zip(*chunks, strict=True)

@@ -41,9 +41,7 @@ class Encoded(NamedTuple):
 
 
 def settle_latent(command: Command) -> None:
-    """With --latent: take the shape of its latents, and its data where no other --dataset was typed."""
-    if not command["latent"]:
-        return
+    """Take from --latent the shape of its latents, and its data unless another --dataset was typed."""
     theirs = load_checkpoint(command["latent"], "autoencoder")["config"]
     if "dataset" not in command.typed or command["dataset"] == theirs["dataset"]:
         command.settle({name: theirs[name] for name in ("dataset", "data_root", "image_size", "channels")})
