@@ -420,7 +420,7 @@ def autoencoder_loss(net, x_0: Tensor, y: Tensor | None = None, generator=None) 
     # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 8; LDM, section 3.1)
     x_hat, mean, log_variance = (out.to(x_0.dtype) for out in net(x_0, generator))  # x_hat = D(z), z ~ q
     error, kl = x_hat - x_0, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # appendix B
-    edges = (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()) / 2  # keeps them sharp
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps them sharp
     return error.abs().mean() + edges + 1e-6 * kl.sum() / x_0.numel()  # sums over an image, by its size
     # End
 

@@ -60,8 +60,8 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
 
 def default_autoencoder(downsampling: int) -> dict:
     """The same for an autoencoder whose latents have one value for so many pixels along a side."""
-    multipliers = [1, 2, 4, 4][: downsampling.bit_length()]
-    return dict(width=24, multipliers=multipliers, blocks=1, attention=[], batch_size=8, lr=1e-3)
+    multipliers = [1, 3, 6, 8][: downsampling.bit_length()]
+    return dict(width=16, multipliers=multipliers, blocks=1, attention=[], batch_size=8, lr=2e-3)
 
 
 def at_once(config: dict) -> int:
