@@ -57,6 +57,11 @@ def quadratic(T: int) -> Tensor:
     return scaled_betas(torch.linspace(1e-4**0.5, 0.02**0.5, T, dtype=torch.float64) ** 2)
 
 
+def scaled_linear(T: int) -> Tensor:
+    """As `quadratic`, but from 0.0015 to 0.0195 (the code of LDM, Rombach et al. 2022); -> (T,)."""
+    return scaled_betas(torch.linspace(0.0015**0.5, 0.0195**0.5, T, dtype=torch.float64) ** 2)
+
+
 def sigmoid(T: int) -> Tensor:
     """beta from 1e-4 to 0.02 along a logistic curve over [-6, 6] (Xu et al. 2022, GeoDiff); -> (T,)."""
     return scaled_betas(torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid() * (0.02 - 1e-4) + 1e-4)
@@ -108,6 +113,7 @@ SCHEDULES = {
     "linear": linear,
     "cosine": cosine,
     "quadratic": quadratic,
+    "scaled_linear": scaled_linear,
     "sigmoid": sigmoid,
     "constant": constant,
     "jsd": jsd,

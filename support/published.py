@@ -1,4 +1,6 @@
-"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32, our UNet under other names."""
+"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32, our UNet under other names, and
+latent diffusion models in that of CompVis/ldm-celebahq-256, folders with unet/, vqvae/ and scheduler/.
+"""
 
 import os
 import re
@@ -13,27 +15,44 @@ from .files import damage, read_json
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 NAMES = (  # a pattern in their names, and the text for it in ours; attention has new and old names
+    *((r"^encoder\.conv_norm_out", "norm_z"), (r"^encoder\.conv_out", "conv_z"), (r"^quant_conv", "before")),
+    *((r"^decoder\.conv_in", "conv_up"), (r"^decoder\.mid_block", "middle_up"), (r"^(?:en|de)coder\.", "")),
+    *((r"^post_quant_conv", "after"), (r"^quantize\.embedding", "codebook")),
     *((r"^time_embedding\.linear_1", "time_mlp.0"), (r"^time_embedding\.linear_2", "time_mlp.2")),
     *((r"_blocks\.", "."), (r"\.(\d+)\.(down|up)samplers\.0", r"sample.\1"), (r"^mid_block", "middle")),
     *((r"resnets\.(\d+)", r"\1.block"), (r"\.time_emb_proj", ".time"), (r"\.conv_shortcut", ".shortcut")),
     *((r"attentions\.(\d+)", r"\1.attention"), (r"\.group_norm", ".norm"), (r"^conv_norm_out", "norm_out")),
     *((r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r".\1."), (r"\.(to_out\.0|proj_attn)\.", ".out.")),
 )
-NETWORK = {  # config.json, besides the fields of which several values are right: see network_fields
+UNET = {  # config.json, besides the fields of which several values are right: see network_fields
     **{"_class_name": "UNet2DModel", "act_fn": "silu", "mid_block_scale_factor": 1, "flip_sin_to_cos": False},
     **{"center_input_sample": False, "class_embed_type": None, "downsample_type": "conv", "freq_shift": 1},
     **{"time_embedding_type": "positional", "resnet_time_scale_shift": "default", "num_class_embeds": None},
     **{"add_attention": True, "attn_norm_num_groups": None, "downsample_padding": 0, "upsample_type": "conv"},
     **{"mid_block_type": "UNetMidBlock2D"},
 }
+NETWORKS = {
+    "ddpm": UNET,
+    "ldm": {**UNET, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+    "vqvae": {
+        **{"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group", "mid_block_add_attention": True},
+        **{"lookup_from_codebook": False},
+    },
+}
+DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a variance near 1: LDM, appendix G
+    "ddpm": {"norm_num_groups": 32, "norm_eps": 1e-6},
+    "ldm": {"norm_num_groups": 32, "norm_eps": 1e-5, "attention_head_dim": 8},
+    "vqvae": {"norm_num_groups": 32, "norm_eps": 1e-6, "scaling_factor": 1},
+}
 NOISE = {  # scheduler_config.json
     **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
     **{"prediction_type": "epsilon", "trained_betas": None, "clip_sample_range": 1},
 }
+LDM_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
 FREE = {  # fields that change nothing here: of training, and of sampling, which has flags of its own
     *("dropout", "num_train_timesteps", "clip_sample", "dynamic_thresholding_ratio", "sample_max_value"),
-    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps"),
+    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "force_upcast"),
 }
 
 
@@ -45,7 +64,7 @@ def attention_levels(config: dict) -> list[int]:
     return [level for level, kind in enumerate(config["down_block_types"]) if kind == "AttnDownBlock2D"]
 
 
-def network_fields(config: dict) -> Iterator[tuple[str, object]]:
+def network_fields(config: dict, what: str) -> Iterator[tuple[str, object]]:
     """The fields of config.json in the order to check them, each with the value that makes the network ours.
 
     Where several values are right, that is the file's own, or if it is wrong, a text that says what is right.
@@ -59,17 +78,27 @@ def network_fields(config: dict) -> Iterator[tuple[str, object]]:
     yield "norm_eps", eps if type(eps) is float and 0 < eps < 1 else "a number such as 1e-6"
     blocks, channels, size = config["layers_per_block"], config["in_channels"], config["sample_size"]
     yield "layers_per_block", blocks if is_count(blocks) else "a whole number"
-    yield "in_channels", channels if is_count(channels) and channels in (1, 3) else "3, or 1 for gray images"
+    right = is_count(channels) and (channels in (1, 3) or what == "ldm")
+    yield "in_channels", channels if right else "3, or 1 for gray images"
     yield "out_channels", channels
     yield "sample_size", size if is_count(size, 2 ** (levels - 1)) else "a number divisible by 2^(levels - 1)"
     kinds, head = config["down_block_types"], config.get("attention_head_dim")
-    right = isinstance(kinds, list) and all(kind in ("DownBlock2D", "AttnDownBlock2D") for kind in kinds)
-    right = right and len(kinds) == levels and kinds[0] == "DownBlock2D"
-    yield "down_block_types", kinds if right else "DownBlock2D, then [Attn]DownBlock2D a level"
-    yield "up_block_types", [kind.replace("Down", "Up") for kind in kinds[::-1]]
-    attended = {widths[level] for level in (*attention_levels(config), -1)}  # of one width, that of one head
-    yield "attention_head_dim", head if is_count(head) and attended == {head} else None
-    yield from NETWORK.items()
+    plain, other = ("DownBlock2D", "AttnDownBlock2D") if what != "vqvae" else ("DownEncoderBlock2D",) * 2
+    right = isinstance(kinds, list) and all(kind in (plain, other) for kind in kinds)
+    right = right and len(kinds) == levels and kinds[0] == plain
+    yield "down_block_types", kinds if right else f"{plain}, then [Attn]DownBlock2D a level"
+    ups = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in kinds[::-1]]
+    yield "up_block_types", ups
+    attended = {widths[level] for level in (*attention_levels(config), -1)}
+    right = is_count(head) and (attended == {head} or (what == "ldm" and not any(w % head for w in attended)))
+    yield "attention_head_dim", head if right else None  # a DDPM has one head
+    yield from NETWORKS[what].items()
+    if what == "vqvae":
+        for name in ("latent_channels", "num_vq_embeddings"):
+            yield name, config.get(name) if is_count(config.get(name)) else "a whole number"
+        yield "vq_embed_dim", config["latent_channels"] if config.get("vq_embed_dim") else None
+        right = type(scale := config["scaling_factor"]) in (int, float) and 0 < scale < 1e9
+        yield "scaling_factor", scale if right else "a number above 0"
 
 
 def published_file(path: str | Path) -> Path | None:
@@ -91,38 +120,73 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Settings, in the terms of our runs, and weights {our name: float32 tensor} of published weights.
 
     A field that config.json leaves out has its default. UserError where the files describe another network
-    or other noise than that of the published DDPMs (T = 1000, linear, eps), or a file is damaged.
+    or other noise than that of the published models (T = 1000, eps, linear or, in an LDM, scaled_linear), or
+    a file is damaged or missing.
     """
-    from .runs import read_pickle  # here, as support.runs imports this module
-
-    config = read_config(file.parent / "config.json")
-    for folder in (file.parent, file.parent / ".." / "scheduler"):
-        if (path := folder / "scheduler_config.json").is_file():
-            theirs = read_json(path, "it has just been removed")
+    path, pipeline, noise = file.parent / "config.json", file.parent / "..", NOISE
+    theirs = read_json(path, "weights need the config.json that was published with them")
+    inside = file.parent.name == "unet"
+    latent = inside and ((pipeline / "vqvae").is_dir() or theirs.get("flip_sin_to_cos"))
+    config, part = read_config(path, theirs, "ldm" if latent else "ddpm"), {}
+    if latent:
+        part = read_autoencoder(pipeline, config)
+    for folder in (file.parent, pipeline / "scheduler"):
+        if (path := folder / "scheduler_config.json").is_file() or (latent and folder != file.parent):
+            theirs = read_json(path, "a latent diffusion model has it beside unet/ and vqvae/")
+            if latent:  # what is left out has its default, that of DDPMs
+                theirs, noise = {name: NOISE[name] for name in LDM_NOISE} | theirs, NOISE | LDM_NOISE
             variance = theirs.get("variance_type")  # of ddpm's sigma_t^2, which --variance sets
             fixed = ("variance_type", variance if str(variance).startswith("fixed") else "fixed_small")
             name = theirs.get("_class_name")  # others have other betas where theirs are left out
             known = ("_class_name", name if name in SCHEDULERS else SCHEDULERS[0])
-            check_fields(path, theirs, [known, *NOISE.items(), fixed])
+            check_fields(path, theirs, [known, *noise.items(), fixed])
+    return config | part, read_weights(file)
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """{our name: float32 tensor} of a file of weights; else UserError."""
+    from .runs import read_pickle  # here, as support.runs imports this module
+
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
     for weight in weights.values() if isinstance(weights, dict) else [None]:
         dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
         if not dense or not weight.is_floating_point() or weight.itemsize == 1:  # one byte: quantised
             raise UserError(f"{file} holds no weights, or not in floating point alone: get it again")
-    return config, dict(renamed(str(name), weight.float()) for name, weight in weights.items())
+    return dict(renamed(str(name), weight.float()) for name, weight in weights.items())
 
 
-def read_config(path: Path) -> dict:
+def read_autoencoder(pipeline: Path, unet: dict) -> dict:
+    """The settings that vqvae/ adds to those of the UNet of a latent diffusion model, and its weights."""
+    file = published_file(pipeline / "vqvae")
+    if file is None:
+        whole = os.path.abspath(pipeline)
+        raise UserError(f"{whole} is a latent diffusion model, and lacks vqvae/ or weights in it: get it")
+    path = file.parent / "config.json"
+    own = read_config(path, read_json(path, "weights need the config.json of their network"), "vqvae")
+    channels, size = own["latent_channels"], unet["image_size"] * 2 ** (len(own["multipliers"]) - 1)
+    if channels != unet["channels"]:
+        raise UserError(f"{path}: latent_channels is {channels}; unet/ has in_channels {unet['channels']}")
+    part = {"config": own, "weights": read_weights(file), "scale": own["scale"]}
+    about = {"latent": unet["name"], "latent_channels": channels, "schedule": "scaled_linear"}
+    return about | {"channels": own["channels"], "image_size": size, "autoencoder": part}
+
+
+def read_config(path: Path, theirs: dict, what: str) -> dict:
     """The settings that a config.json describes, in the terms of our runs; UserError names what differs."""
-    theirs = read_json(path, "weights need the config.json that was published with them")
     for name in ("block_out_channels", "down_block_types", "in_channels", "layers_per_block", "sample_size"):
         if name not in theirs:
             raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
-    theirs = {"norm_num_groups": 32, "norm_eps": 1e-6, **theirs}
-    check_fields(path, theirs, network_fields(theirs))
-    widths, size = theirs["block_out_channels"], theirs["sample_size"]
+    theirs = {**DEFAULTS[what], **theirs}
+    check_fields(path, theirs, network_fields(theirs, what))
+    widths, size, codes = (theirs.get(n) for n in ("block_out_channels", "sample_size", "num_vq_embeddings"))
+    form = {"head_dim": theirs.get("attention_head_dim"), "cosines": True, "shift": 0, "padding": 1}
     return {
-        **{"kind": "published", "name": published_name(path.parent), "dataset": None, "class_names": None},
+        **{
+            "kind": "published_autoencoder" if codes else "published",
+            "form": form if what == "ldm" else None,
+        },
+        **{"name": published_name(path.parent), "dataset": None, "class_names": None, "codes": codes},
+        **{"latent_channels": theirs.get("latent_channels"), "scale": theirs.get("scaling_factor")},
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
         **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
         **{"attention": attention_levels(theirs), "norm_groups": theirs["norm_num_groups"]},

@@ -111,6 +111,8 @@ def checkpoint_file(path: str | Path) -> Path:
     file = path / "ckpt.pt" if path.is_dir() else path
     if file.is_file():
         return file
+    if (path / "vqvae").exists():
+        raise UserError(f"{path} is a latent diffusion model, and lacks unet/ or weights in it: get it")
     inside = sorted([*path.glob("*"), *path.glob("unet/*")])
     there = [p.name for p in inside if p.suffix in (".bin", ".safetensors")]
     if there or any((path / name).exists() for name in ("config.json", "model_index.json", "unet")):

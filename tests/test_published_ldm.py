@@ -1,0 +1,85 @@
+"""Published latent diffusion models: each part's output is the reference's, and so is the whole pipeline's."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import error_line
+from PIL import Image
+from record_published import LDM, NARROW_LDM, RECORDED_LDM, TIMES, seeded_input, seeded_weights
+from test_published import publish, with_old_names
+
+import analysis
+import ddpm
+import edit
+from modules import PublishedAutoencoder, make_network
+from support.published import read_config, renamed
+
+PARTS = ("unet", "vqvae")
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return np.load(RECORDED_LDM)
+
+
+def publish_ldm(folder, suffix="safetensors", old=False, configs=NARROW_LDM):
+    """A folder as `hf download CompVis/ldm-celebahq-256 --local-dir` leaves it."""
+    stored = np.load(RECORDED_LDM)
+    for part in PARTS:
+        weights = seeded_weights(json.loads(str(stored[f"{part}_shapes"])))
+        publish(folder / part, configs[part], with_old_names(weights) if old else weights, suffix)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
+    return folder
+
+
+@pytest.fixture
+def ldm(tmp_path):
+    return publish_ldm(tmp_path / "ldm-celebahq-256")
+
+
+def close(ours, theirs):
+    return torch.allclose(ours, torch.from_numpy(theirs), atol=1e-4)
+
+
+@pytest.mark.parametrize("old, suffix", [(False, "safetensors"), (True, "bin")])
+def test_every_part_is_the_reference(tmp_path, recorded, old, suffix):
+    net, diffusion, config = ddpm.load_network(publish_ldm(tmp_path / "ldm", suffix, old))
+    autoencoder = config["space"].autoencoder
+    with torch.no_grad():
+        for t, out in zip(TIMES, recorded["unet_out"], strict=True):
+            assert close(net(seeded_input(16), torch.tensor([t]))[0], out), t
+        z, log_variance = autoencoder.encode(seeded_input(64).clamp(-1, 1))
+        assert close(z[0], recorded["z"]) and (log_variance == -torch.inf).all()
+        assert close(autoencoder.quantise(torch.from_numpy(recorded["z"])[None])[0], recorded["quantised"])
+        assert close(autoencoder.decode(torch.from_numpy(recorded["z"])[None])[0], recorded["decoded"])
+    assert config["image_size"] == 64 and config["channels"] == 3 and config["latent_channels"] == 3
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2  # scaled_linear: sqrt(beta) in equal steps
+    assert diffusion.T == 1000 and diffusion.prediction == "eps"
+    assert np.allclose(diffusion.alpha_bar[1:], np.cumprod(1 - betas), rtol=1e-12)
+
+
+def test_the_pipeline_is_the_reference(ldm, recorded):
+    """20 DDIM steps from one noise, without clipping, decoded; theirs go 950, ..., 0, which are our 951, ..., 1."""
+    net, diffusion, config = ddpm.load_network(ldm)
+    timesteps = [*(recorded["timesteps"] + 1).tolist(), 0]
+    x_0 = ddpm.ddim(diffusion, diffusion.denoiser(net), seeded_input(16), timesteps)
+    picture = (config["space"].decode(x_0)[0] / 2 + 0.5).clamp(0, 1)
+    assert close(picture.permute(1, 2, 0), recorded["picture"])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_published_size_has_the_published_weights(tmp_path, recorded, part):
+    """Names and shapes of all 274 M and 55 M weights, without making them."""
+    shapes = json.loads(str(recorded[f"{part}_published_shapes"]))
+    theirs = dict(renamed(name, torch.empty(shape, device="meta")) for name, shape in shapes.items())
+    what = "ldm" if part == "unet" else part
+    with torch.device("meta"):
+        net = make_network(read_config(tmp_path / part / "config.json", LDM[part], what))
+    ours = {name: weight.shape for name, weight in net.state_dict().items()}
+    assert ours == {name: weight.shape for name, weight in theirs.items()}
+    if part == "unet":
+        heads = {module.heads for module in net.modules() if hasattr(module, "heads")}
+        assert heads == {14, 21, 28}  # of 32 channels each
