@@ -21,16 +21,15 @@ from .runs import load_checkpoint
 from .settings import COUNT, Command, setting, settings
 
 HALVED = "pixels along a side for one of a latent: 2, 4 or 8 (default: 4)"
+DIFFUSED, OWN = "task=diffusion/classifier", "task=autoencoder"
 AT_ONCE = 128  # images that are encoded before they are written
 
 
 @settings()
 class LatentSettings:
-    latent: str | None = setting(
-        None, "run of --task autoencoder, whose latents are the data", "RUN", of="task=diffusion/classifier"
-    )
-    downsampling: int | None = setting(None, HALVED, "N", int, choices=[2, 4, 8], of="task=autoencoder")
-    latent_channels: int = setting(4, "channels of a latent", "N", COUNT, of="task=autoencoder")
+    latent: str | None = setting(None, "autoencoder run, to train in its latents", "RUN", of=DIFFUSED)
+    downsampling: int | None = setting(None, HALVED, "N", int, choices=[2, 4, 8], of=OWN)
+    latent_channels: int | None = setting(None, "channels of latents (default: 4)", "N", COUNT, of=OWN)
 
 
 class Encoded(NamedTuple):
@@ -49,13 +48,14 @@ def settle_latent(command: Command) -> None:
 
 
 def settle_levels(command: Command) -> int:
-    """--downsampling, or that of --multipliers; UserError where they contradict each other."""
+    """An autoencoder's --downsampling, or that of its --multipliers; UserError where they contradict."""
     levels = len(command["multipliers"] or ()) or (command["downsampling"] or 4).bit_length()
     factor = command["downsampling"] or 2 ** (levels - 1)
     if factor != 2 ** (levels - 1):
         needs = f"--downsampling {factor} takes {factor.bit_length()} --multipliers, one a level"
         raise UserError(f"{needs}, not {levels}: leave one of the two out")
-    command.settle({"downsampling": factor}, typed=True)
+    channels = command["latent_channels"] or 4
+    command.settle({"downsampling": factor, "latent_channels": channels}, typed=True)
     return factor
 
 

@@ -60,7 +60,8 @@ def test_an_old_run_goes_on_as_it_would_have(old, script):
     config = json.loads((run / "config.json").read_text())
     assert OF_SAMPLES & before.keys() and config == state["config"] and not OF_SAMPLES & config.keys()
     assert config == {key: before.get(key) for key in config} | {"epochs": 4}  # the settings of the run stay
-    assert config.keys() - before.keys() == {"spacing"}  # newer than the run
+    newer = {"spacing", "latent", "downsampling", "latent_channels"}  # than the run
+    assert config.keys() - before.keys() == newer
 
 
 def test_an_old_run_is_sampled_as_it_was(old, script):
