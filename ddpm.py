@@ -409,8 +409,8 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
 def latent_space(command: Command, data: utils.Data, device: torch.device):
     """The latent space of --latent's autoencoder, and the images in it, scaled to variance 1."""
     part = load_autoencoder(command, data.images.shape[1:])
-    space = make_latents(command["latent"], part | {"scale": 1.0}, data.images.shape[-1], device)
-    latents = encoded(space.encode, data.images, part, command, device)
+    space = make_latents(command["latent"], part, data.images.shape[-1], device)
+    latents = encoded(space.z, data.images, part, command, device)
     space.scale = latents.autoencoder["scale"]
     return space, latents
 
@@ -516,7 +516,7 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
     of these kinds, or not the network described.
     """
     config, weights = runs.load_weights(path, kinds)
-    with runs.described(path):
+    with runs.fitting(path):
         net, diffusion, size = make_network(config), make_diffusion(config), config["image_size"]
         net.load_state_dict(weights)
         config["space"] = Pixels((config["channels"], size, size))
@@ -527,11 +527,12 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
 
 def make_latents(path, part: dict, size: int, device) -> Latents:
     """The latent space of an autoencoder, `part` of a checkpoint, for images of `size` pixels."""
-    with runs.described(f"the autoencoder in {path}"):
-        autoencoder = make_network(part["config"])
-        autoencoder.load_state_dict(part["weights"])
-        net = to_device(autoencoder, torch.device(device)).eval()
-        return Latents(net, part["scale"], size, device)
+    with runs.fitting(f"the autoencoder in {path}"):
+        net = make_network(part["config"])
+        net.load_state_dict(part["weights"])
+        if not part["scale"] > 0:
+            raise ValueError(f"its scale is {part['scale']}")
+        return Latents(to_device(net, torch.device(device)).eval(), part["scale"], size, device)
 
 
 def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:

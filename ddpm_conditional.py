@@ -284,14 +284,10 @@ def load_classifier(path: str, model: dict, device, same=(*SAME_DATA, "noise_ste
         raise UserError(f"a classifier takes a model of labels; this one was trained on {on}: use cfg")
     classifier, _, theirs = load_network(path, device, ("classifier",))
     runs.check_classifier(path, theirs, model, same)
-    scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # each has its own
+    scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # each measured its own
     if scales[0] != (scales[1] if "schedule" in same else None):  # an evaluator sees images
-        of = (
-            "images, not latents: train one without --latent"
-            if "schedule" not in same
-            else (f"the model's latents: train one with --task classifier --latent {model.get('latent')}")
-        )
-        raise UserError(f"--classifier {path}: this takes one of {of}")
+        of = f"the model's latents: add --latent {model.get('latent')}" if "schedule" in same else "images"
+        raise UserError(f"--classifier {path}: train one with --task classifier on {of}")
     return classifier.requires_grad_(False)
 
 
@@ -367,7 +363,7 @@ GROUPS = {
 def settle_init(command: Command) -> None:
     """Take --init's network and diffusion; UserError for a flag that contradicts them."""
     config = runs.load_checkpoint(command["init"], "ddpm")["config"]
-    names = {*rows_of(NetworkSettings), *rows_of(ddpm.DiffusionSettings), "image_size", "channels"}
+    names = {*rows_of(NetworkSettings), *rows_of(ddpm.DiffusionSettings), "image_size", "channels", "latent"}
     free = {"image_size", "dropout", "weighting", "p2_gamma", "p2_k", "min_snr_gamma"}  # weights fit any size
     command.take_from({name: config[name] for name in names & set(config)}, command.typed - names | free)
 
@@ -392,6 +388,8 @@ def main() -> None:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if command["init"]:
         settle_init(command)
+        if command["latent"]:
+            settle_latent(command)
     launch.run_training(command, utils.get_data, utils.NARROW, TASKS, ddpm.train, KINDS)
 
 

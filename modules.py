@@ -445,10 +445,13 @@ class Latents:
         self.factor, self.few = autoencoder.divisor, max(1, 2**18 // size**2)
         self.shape = (autoencoder.latent_channels, size // self.factor, size // self.factor)
 
-    @torch.no_grad()
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        parts = (few.to(self.device) for few in x.split(self.few))
-        return self.scale * torch.cat([self.autoencoder.encode(few)[0] for few in parts])
+        return self.scale * self.z(x)
+
+    @torch.no_grad()
+    def z(self, x: torch.Tensor) -> torch.Tensor:
+        """E(x) of images (B, C, H, W)."""
+        return torch.cat([self.autoencoder.encode(few.to(self.device))[0] for few in x.split(self.few)])
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:

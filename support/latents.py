@@ -51,21 +51,20 @@ def settle_levels(command: Command) -> int:
     """An autoencoder's --downsampling, or that of its --multipliers; UserError where they contradict."""
     levels = len(command["multipliers"] or ()) or (command["downsampling"] or 4).bit_length()
     factor = command["downsampling"] or 2 ** (levels - 1)
-    if factor != 2 ** (levels - 1):
-        needs = f"--downsampling {factor} takes {factor.bit_length()} --multipliers, one a level"
-        raise UserError(f"{needs}, not {levels}: leave one of the two out")
+    if factor != 2 ** (levels - 1) or factor not in (2, 4, 8):
+        raise UserError("an autoencoder that halves images n times takes n + 1 --multipliers, 2 to 4 of them")
     channels = command["latent_channels"] or 4
     command.settle({"downsampling": factor, "latent_channels": channels}, typed=True)
     return factor
 
 
 def load_autoencoder(command: Command, shape) -> dict:
-    """The autoencoder of --latent, or of the run of --resume: its settings, weights and, once known, scale.
+    """The autoencoder of --latent, or of the run of --resume: its settings, its weights and the scale.
 
     UserError where it takes images of other channels than a `shape` (C, H, W) has.
     """
     if command["resume"]:
-        return load_checkpoint(command["resume"], "ddpm", "ddpm_conditional", "classifier")["autoencoder"]
+        return load_checkpoint(command["resume"], "ddpm", "ddpm_conditional", "classifier").get("autoencoder")
     path, theirs = command["latent"], load_checkpoint(command["latent"], "autoencoder")
     config = theirs["config"] | {"kind": "autoencoder"}
     if config["channels"] != shape[0]:
@@ -73,13 +72,13 @@ def load_autoencoder(command: Command, shape) -> dict:
         raise UserError(f"{takes}: add --channels {config['channels']}, or train an autoencoder on these")
     if config["image_size"] != shape[-1]:
         note(f"--latent {path} was trained at {config['image_size']} pixels, and the images have {shape[-1]}")
-    return {"config": config, "weights": theirs["ema"], "scale": None}
+    return {"config": config, "weights": theirs["ema"], "scale": 1.0}
 
 
 def encoded(encode: Callable, images: Tensor, part: dict, command: Command, device) -> Encoded:
     """encode(x) of all images (N, C, H, W) uint8, and with --flip of their mirror images.
 
-    Unless it is known, the scale is measured: that which makes the variance of all values 1.
+    In a new run the scale is measured: that which makes the variance of all values 1.
     """
     key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
     for name, weight in sorted(part["weights"].items()):
@@ -100,9 +99,11 @@ def encoded(encode: Callable, images: Tensor, part: dict, command: Command, devi
     cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"
     shape = (len(images), *code(images[:1]).shape[1:])
     z = torch.from_numpy(cached(cache_file, shape, chunks, np.float16)[0])
-    mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()
-    variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
-    return Encoded(z, part | {"scale": part["scale"] or max(variance.item(), 1e-12) ** -0.5})
+    if not command["resume"]:
+        mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()
+        variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
+        part["scale"] = max(variance.item(), 1e-12) ** -0.5
+    return Encoded(z, part)
 
 
 class Reconstructions:

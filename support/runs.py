@@ -67,7 +67,7 @@ def load_weights(path: str | Path, kinds: Sequence[str]) -> tuple[dict, dict]:
 
 
 @contextmanager
-def described(path: object) -> Iterator[None]:
+def fitting(path: object) -> Iterator[None]:
     """UserError where what is made in the block from a checkpoint's settings and weights does not fit."""
     try:
         yield
@@ -137,8 +137,7 @@ def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_ep
     """UserError unless a run can go on: from its own ckpt.pt, with the data in `keep`, not past its end."""
     if checkpoint_file(path).name != "ckpt.pt":
         raise UserError(f"--resume {path}: a run goes on in its folder, from its ckpt.pt: name that")
-    same = keep.keys() - {"config", "autoencoder"}
-    if any(checkpoint.get(key) != keep[key] for key in same):
+    if any(checkpoint.get(key) != keep[key] for key in keep.keys() - {"config", "autoencoder"}):
         raise UserError("the data set has changed since the run began: bring it back, or start a new run")
     if checkpoint["step"] > epochs * per_epoch:
         raise UserError(f"the run has had {checkpoint['epoch']} epochs already: ask for more --epochs")

@@ -97,7 +97,7 @@ def main() -> None:
 
 @torch.no_grad()
 def record_ldm() -> None:
-    """Of the narrow LDM every part's output, and the picture of 20 DDIM steps; of the published one the shapes."""
+    """The outputs of the narrow LDM, part by part, and its picture; shapes of the published weights."""
     from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 
     kinds, recorded, parts = {"unet": UNet2DModel, "vqvae": VQModel}, {}, {}
