@@ -376,10 +376,9 @@ def noise(settings: Settings, model: Model) -> Result:
     t = torch.tensor(levels).repeat_interleave(B)  # (L B,)
     x_t = diffusion.noise_images(x_0.repeat(L, 1, 1, 1), t, generators)[0].unflatten(0, (L, B))  # eq. 4
     # End
-    found, rows, ends = reconstructions(model, x_t, levels, draws, settings), [], {"x_0": x}
+    found, rows = reconstructions(model, x_t, levels, draws, settings), []
     if space.factor > 1:
-        ends = {"auto-\nencoder": model.space.decode(x_0).clamp(-1, 1), **ends}
-        found[BOUND] = ends["auto-\nencoder"].expand(L, 1, *x.shape)
+        found[BOUND] = space.decode(x_0).clamp(-1, 1).expand(L, 1, *x.shape)
     for name, made in found.items():
         for level, several in reversed(list(zip(levels, made, strict=True))):  # several: (K, B, C, H, W)
             each = [compare(draw, x, mean) for draw in several]
@@ -391,7 +390,7 @@ def noise(settings: Settings, model: Model) -> Result:
                 row["spread of draws"] = several.std(0).square().mean().sqrt().item() / 2
                 row["mse of their mean"] = ((several.mean(0) - x) / 2).square().mean().item()
             rows.append(row)
-    features = evaluator and (lambda x_t: evaluator.features(model.space.decode(x_t)))
+    features = evaluator and (lambda x_t: evaluator.features(space.decode(x_t)))
     far = two_noisings(diffusion, x_0, settings.seed, features) if B > 1 else []
     keys = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in keys if key not in ("reconstruction", "t", "snr", "mse of their mean")]
@@ -399,10 +398,8 @@ def noise(settings: Settings, model: Model) -> Result:
     panels += [over_snr("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels"), "x")]
     near = curves(far, "of", "snr", "features")
     panels += [over_snr("the same to the classifier", "rms per feature", near, "x")]
-    shown = {"x_t": model.space.decode(x_t)[:, None], **found}
-    shown.pop(BOUND, None)
-    ends = {head: end[: settings.show] for head, end in ends.items()}
-    grids = noise_grids(shown, ends, diffusion, levels)
+    shown = {"x_t": space.decode(x_t)[:, None], **found}
+    grids = noise_grids(shown, x[: settings.show], diffusion, levels)
     energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     drawn = f", {draws['ddpm']} draws of each by ddpm" if "ddpm" in draws else ""
@@ -411,7 +408,7 @@ def noise(settings: Settings, model: Model) -> Result:
     notes += [f"kept: the share of x_0's energy, counted from {zero}: {shares}. low: to 0.125 cycles a"]
     notes += ["pixel, middle: to 0.25" + ("; luma: of Y, chroma: of Cb and Cr" if x.shape[1] == 3 else "")]
     if BOUND in found:
-        notes += where_lost(rows)
+        where_lost(rows, list(found)[1], panels, notes)
         rows = [row for row in rows if row["reconstruction"] != BOUND or row["t"] == levels[-1]]
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 
@@ -419,32 +416,29 @@ def noise(settings: Settings, model: Model) -> Result:
 BOUND = "autoencoder, no noise"  # the same at every level
 
 
-def where_lost(rows: Sequence[dict]) -> list[str]:
-    """For each way of a latent model, the shares of each band that the autoencoder loses, and it besides."""
-    kept = {(row["reconstruction"], row["t"]): [row[f"{band} kept"] or 0 for band in BANDS] for row in rows}
-    times, lines = sorted({t for _, t in kept}), []
-    of = {name: kept[name, times[0]] for name, _ in kept}
-    for name, shares in of.items():
-        lost = [1 - a if name == BOUND else b - a for a, b in zip(shares, of[BOUND], strict=True)]
-        where = "in the autoencoder" if name == BOUND else f"besides by {name}, t = {times[0]}"
-        lines.append(f"lost {where}: " + ", ".join(f"{b} {s:.0%}" for b, s in zip(BANDS, lost, strict=True)))
-    return lines[-1:] + lines[:-1]
+def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> None:
+    """Add the shares of high frequencies lost in the autoencoder, and besides in the diffusion, by one way."""
+    kept = {(row["reconstruction"], row["t"]): row["high kept"] or 0 for row in rows}
+    lost, names = [], ("in the autoencoder", f"besides, by {way}")
+    for t, snr in {row["t"]: row["snr"] for row in rows}.items():
+        shares = 1 - kept[BOUND, t], kept[BOUND, t] - kept[way, t]
+        lost += [{"in": name, "snr": snr, "share": share} for name, share in zip(names, shares, strict=True)]
+    panels.append(over_snr("high frequencies lost", "share", curves(lost, "in", "snr", "share"), "x"))
+    besides = ", ".join(f"{row['share']:.0%} at SNR {row['snr']:.2g}" for row in lost[1::2])
+    notes.append(f"high frequencies lost: {lost[0]['share']:.0%} {names[0]}; {names[1]}, {besides}")
 
 
-def noise_grids(shown: dict, ends: dict, diffusion: Diffusion, levels: Sequence[int]) -> list[Image.Image]:
-    """A grid for each x (L, K, B, C, H, W): its first draw, and where there are several also their mean.
-
-    The last columns are the `ends`, {head: (B, C, H, W)}.
-    """
+def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence[int]) -> list[Image.Image]:
+    """A grid for each x (L, K, B, C, H, W): its first draw, and where there are several also their mean."""
+    bound = {"auto-\nencoder": shown[BOUND][0, 0, : len(x_0)]} if BOUND in shown else {}
+    ends, labels = {**bound, "x_0": x_0}, [f"image {i + 1}" for i in range(len(x_0))]
     grids, heads = [], [*(snr_label(diffusion, t).replace(", ", "\n") for t in reversed(levels)), *ends]
-    count = len(ends["x_0"])
-    labels = [f"image {i + 1}" for i in range(count)]
     for name, x in shown.items():
-        parts = {name: x[:, 0]}
+        parts = {name: x[:, 0]} if name != BOUND else {}
         if x.shape[1] > 1:
             parts = {f"{name}, one draw": x[:, 0], f"{name}, mean of {x.shape[1]} draws": x.mean(1)}
         for caption, part in parts.items():
-            cells = torch.stack([*part.flip(0)[:, :count], *ends.values()], dim=1).flatten(0, 1)
+            cells = torch.stack([*part.flip(0)[:, : len(x_0)], *ends.values()], dim=1).flatten(0, 1)
             grids.append(make_grid(cells, caption, len(heads), labels, heads))
     return grids
 
