@@ -417,7 +417,7 @@ BOUND = "autoencoder, no noise"  # the same at every level
 
 
 def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> None:
-    """Add the shares of high frequencies lost in the autoencoder, and besides in the diffusion, by one way."""
+    """Add the shares of high frequencies lost in the autoencoder, and besides in the diffusion, by a way."""
     kept = {(row["reconstruction"], row["t"]): row["high kept"] or 0 for row in rows}
     lost, names = [], ("in the autoencoder", f"besides, by {way}")
     for t, snr in {row["t"]: row["snr"] for row in rows}.items():

@@ -457,7 +457,7 @@ class Latents:
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
         """Latents, clean or noisy, (..., *shape) -> images (..., C, H, W) on the CPU."""
         parts = (x_0 / self.scale).reshape(-1, *self.shape).split(self.few)
-        x = torch.cat([self.autoencoder.decode(few.to(self.device)).float().cpu() for few in parts])
+        x = torch.cat([self.autoencoder.decode(few.to(self.device)).cpu() for few in parts])
         return x.view(*x_0.shape[:-3], *x.shape[1:])
 
 
