@@ -9,8 +9,7 @@ is the clean image. In formulas and names ab is short for alpha_bar.
     python ddpm.py --epochs 80 --dataset stanfordcars         train on Stanford Cars
     python ddpm.py --sample 64 --checkpoint runs/ddpm_digits  sample from what was trained
     python ddpm.py --task denoiser --sigma 0.5                a denoiser of one noise level (CS180, B.1)
-    python ddpm.py --task autoencoder --dataset stanfordcars --image-size 128
-    python ddpm.py --latent runs/autoencoder_stanfordcars     diffusion of its latents (LDM)
+    python ddpm.py --latent runs/autoencoder_digits           diffusion in latents of --task autoencoder
     torchrun --nproc_per_node=4 ddpm.py ...                   train or sample on four GPUs
 """
 
@@ -107,7 +106,6 @@ class Diffusion:
         return draw(partial(torch.randint, 1, self.T + 1), (len(x_0),), x_0, generator)
 
     # From the network's output to eps, which all samplers, guidance and edits work with.
-
     def x_0_from_eps(self, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The x_0 that x_t is made of if its noise is eps; (B, C, H, W) (DDPM, eq. 15)."""
         signal, noise = self.scales(t, x_t)
@@ -136,7 +134,6 @@ class Diffusion:
         return eps_theta
 
     # The times that a sampler visits.
-
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
         """[T, ..., 0], steps + 1 entries, strictly decreasing; ValueError if not 1..T steps.
 
@@ -393,7 +390,7 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
 def unconditional(command: Command, data: utils.Data, device: torch.device) -> Task:
     """A UNet that learns to denoise the images; previews always start from the same noise."""
     config, shape = command.config(), tuple(data.images.shape[1:])
-    space, latents = latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
+    space, z = latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
     diffusion = make_diffusion(config)
     settings = settle_sampler(command, config, diffusion.T)
     numbers = torch.arange(64 if shape[-1] <= 32 else 16).split(launch.at_once(config))
@@ -403,25 +400,24 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
         x = [space.decode(sample(diffusion, eps_theta, part.tolist(), *how)) for part in numbers]
         save_picture(make_grid(torch.cat(x), f"{config['dataset']}, epoch {epoch}, {settings}"), path)
 
-    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=latents)
+    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=z)
 
 
 def latent_space(command: Command, data: utils.Data, device: torch.device):
-    """The latent space of --latent's autoencoder, and the images in it, scaled to variance 1."""
+    """The latent space of --latent's autoencoder, and the images in it."""
     part = load_autoencoder(command, data.images.shape[1:])
     space = make_latents(command["latent"], part, data.images.shape[-1], device)
-    latents = encoded(space.z, data.images, part, command, device)
-    space.scale = latents.autoencoder["scale"]
-    return space, latents
+    return space, encoded(space, data.images, part, command)
 
 
 def autoencoder_loss(net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
     """L1 of x_hat, and of differences of its neighbours, and 1e-6 KL(q(z | x_0) || N(0, I)); -> scalar."""
     # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 8; LDM, section 3.1)
     x_hat, mean, log_variance = (out.to(x_0.dtype) for out in net(x_0, generator))  # x_hat = D(z), z ~ q
-    error, kl = x_hat - x_0, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)  # appendix B
-    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps them sharp
-    return error.abs().mean() + edges + 1e-6 * kl.sum() / x_0.numel()  # sums over an image, by its size
+    error = x_hat - x_0
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps x_hat sharp
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()  # appendix B
+    return error.abs().mean() + edges + 1e-6 * kl / x_0.numel()  # KL and L1 as sums over each image
     # End
 
 
@@ -430,10 +426,8 @@ def autoencoding(command: Command, data: utils.Data, device: torch.device) -> Ta
     config = command.config() | {"kind": "autoencoder"}
     held_out, trained_on = hold_out(len(data.images), config["seed"], "an autoencoder")
     tested = Reconstructions(data.images[held_out], config, launch.at_once(config), device)
-    net, images = make_network(config), data.images[trained_on]
-    task = Task("autoencoder", net, autoencoder_loss, tested.preview, EMA, images, use=("--latent",))
-    task.measures, task.measure = ("psnr", "ssim"), tested.measure
-    return task
+    how = {"images": data.images[trained_on], "use": ("--latent",), "tested": tested}
+    return Task("autoencoder", make_network(config), autoencoder_loss, tested.preview, EMA, **how)
 
 
 SIGMAS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.8, 1.0)  # at which a single-step denoiser is tested
@@ -511,9 +505,8 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
     """The network of a run, with its averaged weights, or of published ones; -> net, diffusion, config.
 
     Either is called as `net(x_t, t, y=None)` with t in 1..T. `path` is a run's folder or its ckpt.pt, or the
-    folder or the weights file of a published model; `config` holds the settings, "kind", "epoch",
-    "class_names", "space", the Pixels or Latents that x_0 is of, ... UserError where there is no checkpoint
-    of these kinds, or not the network described.
+    folder or weights of a published model; `config` holds the settings, "kind", "epoch", "space" (Pixels or
+    Latents), ... UserError where there is no checkpoint of these kinds, or not the network described.
     """
     config, weights = runs.load_weights(path, kinds)
     with runs.fitting(path):
@@ -557,8 +550,7 @@ def run_sampling(command: Command) -> None:
     output, seed, device = command[runs.OutputSettings], command["seed"], get_device(command["device"])
     processes = launch.join_processes(device)
     net, diffusion, config = load_network(output.checkpoint, device, ("ddpm",))
-    space = config["space"]
-    settings = settle_sampler(command, config, diffusion.T)
+    settings, space = settle_sampler(command, config, diffusion.T), config["space"]
     made = runs.made_with({**vars(settings), "seed": seed}, config, net)
     plan = Plan(config, output, command["batch_size"], made, processes)
     film = plan.film(diffusion.timesteps(settings.sample_steps, settings.spacing))

@@ -367,11 +367,11 @@ class Autoencoder(UNet):
         self.conv_up = init_layer(nn.Conv2d(latent_channels, c, 3, padding=1))
         self.middle_up = nn.ModuleList([self.block(c, c, attention=True), self.block(c, c, attention=False)])
 
-    def before_z(self, x: torch.Tensor) -> torch.Tensor:
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv_z(F.silu(self.norm_z(super().encode(x)[0])))
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, log_variance = self.before_z(x).chunk(2, dim=1)
+        mean, log_variance = self.moments(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)  # so that its exponential is finite
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -406,13 +406,12 @@ class PublishedAutoencoder(Autoencoder):
         set_norms(self, norm_groups, norm_eps)
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        z = self.before(self.before_z(x))
+        z = self.before(self.moments(x))
         return z, torch.full_like(z, -math.inf)  # variance 0
 
     def quantise(self, z: torch.Tensor) -> torch.Tensor:
         """The vector of the codebook nearest to z (B, C, H, W) at each position; shaped as z."""
-        at_positions = z.permute(0, 2, 3, 1).flatten(0, 2)  # (B H W, C)
-        nearest = torch.cdist(at_positions, self.codebook.weight).argmin(1)  # eq. 1
+        nearest = torch.cdist(z.permute(0, 2, 3, 1).flatten(0, 2), self.codebook.weight).argmin(1)  # eq. 1
         return self.codebook(nearest).view(len(z), *z.shape[2:], -1).permute(0, 3, 1, 2)  # eq. 2
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
@@ -420,12 +419,10 @@ class PublishedAutoencoder(Autoencoder):
 
 
 class Pixels:
-    """Pixel space: x_0 (B, *shape) is the image."""
-
-    factor = 1  # pixels along a side of the image for one of x_0
+    """Pixel space: x_0 (B, *shape) is the image. `factor` pixels along its side are one value of x_0."""
 
     def __init__(self, shape: tuple[int, int, int]):
-        self.shape = shape
+        self.shape, self.factor = shape, 1
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -445,19 +442,17 @@ class Latents:
         self.factor, self.few = autoencoder.divisor, max(1, 2**18 // size**2)
         self.shape = (autoencoder.latent_channels, size // self.factor, size // self.factor)
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        return self.scale * self.z(x)
-
     @torch.no_grad()
-    def z(self, x: torch.Tensor) -> torch.Tensor:
-        """E(x) of images (B, C, H, W)."""
-        return torch.cat([self.autoencoder.encode(few.to(self.device))[0] for few in x.split(self.few)])
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> x_0 (B, *shape)."""
+        parts = (few.to(self.device) for few in x.split(self.few))
+        return self.scale * torch.cat([self.autoencoder.encode(few)[0] for few in parts])
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
         """Latents, clean or noisy, (..., *shape) -> images (..., C, H, W) on the CPU."""
-        parts = (x_0 / self.scale).reshape(-1, *self.shape).split(self.few)
-        x = torch.cat([self.autoencoder.decode(few.to(self.device)).cpu() for few in parts])
+        z = (x_0 / self.scale).to(self.device).reshape(-1, *self.shape)
+        x = torch.cat([self.autoencoder.decode(few).cpu() for few in z.split(self.few)])
         return x.view(*x_0.shape[:-3], *x.shape[1:])
 
 
@@ -468,8 +463,8 @@ def make_network(config: dict) -> nn.Module:
     if kind == "published":
         make = partial(PublishedUNet, config["norm_groups"], config["norm_eps"], form=config["form"])
     elif kind == "published_autoencoder":
-        norms = config["norm_groups"], config["norm_eps"]
-        make = partial(PublishedAutoencoder, *norms, config["codes"], config["latent_channels"])
+        given = (config[key] for key in ("norm_groups", "norm_eps", "codes", "latent_channels"))
+        make = partial(PublishedAutoencoder, *given)
     elif kind == "autoencoder":
         make = partial(Autoencoder, config["latent_channels"])
     elif kind == "classifier":

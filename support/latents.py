@@ -1,7 +1,7 @@
 """What an autoencoder makes of images: computed once, cached like decoded images, and measured."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,18 +75,20 @@ def load_autoencoder(command: Command, shape) -> dict:
     return {"config": config, "weights": theirs["ema"], "scale": 1.0}
 
 
-def encoded(encode: Callable, images: Tensor, part: dict, command: Command, device) -> Encoded:
-    """encode(x) of all images (N, C, H, W) uint8, and with --flip of their mirror images.
+def encoded(space, images: Tensor, part: dict, command: Command) -> Encoded:
+    """Latents of all images (N, C, H, W) uint8, and with --flip of their mirror images.
 
-    In a new run the scale is measured: that which makes the variance of all values 1.
+    In a new run the scale of the `space` is measured: that which makes the variance of all values 1.
     """
     key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
     for name, weight in sorted(part["weights"].items()):
         key.update(f"{name} {digest(weight)}".encode())
 
+    space.scale = 1.0  # while they are computed
+
     def code(images: Tensor) -> np.ndarray:
-        x = to_x_0(images.to(device))
-        both = [encode(x), encode(x.flip(-1))] if command["flip"] else [encode(x)]
+        x = to_x_0(images)
+        both = [space.encode(x), space.encode(x.flip(-1))] if command["flip"] else [space.encode(x)]
         return torch.stack(both, dim=1).half().cpu().numpy()
 
     def chunks() -> Iterator[tuple[np.ndarray, range]]:
@@ -103,11 +105,14 @@ def encoded(encode: Callable, images: Tensor, part: dict, command: Command, devi
         mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()
         variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
         part["scale"] = max(variance.item(), 1e-12) ** -0.5
+    space.scale = part["scale"]
     return Encoded(z, part)
 
 
 class Reconstructions:
     """Held-out images (N, C, H, W) uint8, of which up to 256 are measured and 32 shown, `at_once` at once."""
+
+    columns = ("psnr", "ssim")  # of log.csv: means, the PSNR in dB
 
     def __init__(self, images: Tensor, config: dict, at_once: int, device):
         self.x, self.config, self.at_once, self.device = to_x_0(images[:256]), config, at_once, device
@@ -118,7 +123,7 @@ class Reconstructions:
         parts = (part.to(self.device) for part in x.split(self.at_once))
         return torch.cat([net.decode(net.encode(part)[0]).float().cpu() for part in parts]).clamp(-1, 1)
 
-    def measure(self, net) -> tuple[str, str]:  # mean PSNR in dB and SSIM
+    def measure(self, net) -> tuple[str, str]:
         x = self(net, self.x)
         return f"{psnr(x, self.x).mean():.2f}", f"{ssim(x, self.x).mean():.4f}"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import runs
 from .errors import UserError, note
 from .files import digest, quoted
-from .latents import Encoded, settle_levels
+from .latents import Encoded, Reconstructions, settle_levels
 from .loader import Loader
 from .machine import MachineSettings, get_device, to_device
 from .processes import join_processes
@@ -35,8 +35,7 @@ class Task:
     y: Tensor | None = None  # (N, ...) labels, or captions as tokens
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
     latents: Encoded | None = None  # what an autoencoder makes of the images, to be trained on
-    measures: Sequence[str] = ()  # further columns of log.csv, after each epoch:
-    measure: Callable | None = None  # measure(averaged network) -> their values
+    tested: Reconstructions | None = None  # what is measured after each epoch, for log.csv
     use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
     used_by: str | None = None  # the script that they are flags of, if not the one that trains
 
@@ -143,8 +142,7 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
             task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
 
         trainer = Trainer(net, task.average, loader, run, training, machine, preview)
-        trainer.keep, trainer.measure = {"kind": task.kind, **keep}, task.measure
-        trainer.columns += tuple(task.measures)
+        trainer.keep, trainer.tested = {"kind": task.kind, **keep}, task.tested
         if resume:
             trainer.resume(resume)
         train(task.loss, trainer)

@@ -68,7 +68,7 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
-        self.measure, self.columns = None, LOG  # measure(averaged network) -> the last values of a row
+        self.tested = None  # it has a measure(averaged network) after each epoch, and its columns of log.csv
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
         if settings.checkpointing:
             recompute_activations(net)
@@ -95,7 +95,7 @@ class Trainer:
             if not self.resumed:
                 self.save()  # from here on there is always a checkpoint
             elif self.rows and self.processes.first:  # perhaps the last ones could not be written
-                log_rows(self.run / "log.csv", self.columns, self.rows)
+                self.write_log()
             for epoch in range(self.steps // per_epoch + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 started, seen = time.monotonic(), 0
@@ -110,9 +110,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
                 row = (epoch, self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}")
-                if self.measure and self.processes.first:
-                    row += self.measure(self.ema.net)
-                self.rows.append(row)
+                measured = self.tested and self.processes.first and self.tested.measure(self.ema.net)
+                self.rows.append((*row, *(measured or ())))
                 self.after_epoch(epoch, stop.is_set())
 
     def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
@@ -175,11 +174,15 @@ class Trainer:
         if epoch % settings.save_every == 0 or last or stopping:
             self.save()
         if self.processes.first and (self.logged or last or stopping or epoch % 10 == 0):  # a locked one
-            self.logged = log_rows(self.run / "log.csv", self.columns, self.rows)  # takes seconds to try
+            self.logged = self.write_log()  # takes seconds to try
         if stopping and not last:
             raise Stopped
         if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):
             self.draw_preview(epoch)
+
+    def write_log(self) -> bool:
+        """Write log.csv; False where that fails."""
+        return log_rows(self.run / "log.csv", LOG + (self.tested.columns if self.tested else ()), self.rows)
 
     def draw_preview(self, epoch: int) -> None:
         """Draw a preview in the run's precision; a note where there is too little memory for it."""
