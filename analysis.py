@@ -22,7 +22,7 @@ from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +32,8 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 import ddpm
-import ddpm_conditional
-import utils
 from ddpm import SAMPLERS, Diffusion, at, clip_x_0, numbered_noise
+from ddpm_conditional import SAME_DATA, GuidanceSettings, guided_denoiser, load_classifier, settle_scale
 from modules import EMA, PointMLP
 from support import measures, runs
 from support.charts import Chart, Panel, Result, curves, draw_page, publish, write_report
@@ -50,7 +49,7 @@ from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, r
 from support.settings import settings as settings_class
 from support.text import conditions
 from support.trainer import Trainer, TrainingSettings
-from utils import SCHEDULES, WEIGHTINGS, p2
+from utils import DATASETS, SCHEDULES, WEIGHTINGS, Data, get_data, p2
 
 
 # The shared pieces: settings, models, images, samples ------------------------------------------------------
@@ -61,7 +60,7 @@ class Settings:
     image: list | None = setting(None, "your own images instead of the data set's", "FILE", nargs="+")
     images: int = setting(16, "number of images of the data set", "N", COUNT)
     show: int = setting(4, "number of images in the figure", "N", COUNT)
-    dataset: str = setting("digits", "data set, without a run: %(choices)s", "NAME", choices=utils.DATASETS)
+    dataset: str = setting("digits", "data set, without a run: %(choices)s", "NAME", choices=DATASETS)
     image_size: int | None = setting(None, "size, without a run (default: the data's, or 64)", "N", whole(8))
     schedules: list = setting([*SCHEDULES], f"some of {', '.join(SCHEDULES)}", "LIST", listed(str, SCHEDULES))
     noise_steps: int = setting(1000, "number of noise levels", "T", whole(2))
@@ -135,8 +134,7 @@ class Model:
 
     def clipped(self, eps_theta, diffusion: Diffusion | None = None):
         """The denoiser with its x_0 clipped; one of latents as it is."""
-        latent = self.config.get("latent")
-        return eps_theta if latent else clip_x_0(diffusion or self.diffusion, eps_theta)
+        return eps_theta if self.config.get("latent") else clip_x_0(diffusion or self.diffusion, eps_theta)
 
     def eps_theta(self, numbers: Tensor | None = None):
         """The denoiser of samples of any numbers, x_0 clipped, with the null condition."""
@@ -144,9 +142,8 @@ class Model:
 
     def guided(self, y: Tensor, scale: float, numbers: Tensor, classifier=None):
         """The same for samples of those numbers, given y (n, ...) of all, guided by cfg or a classifier."""
-        y, plain = y[numbers].to(self.device), ddpm_conditional.GuidanceSettings()
-        guided = ddpm_conditional.guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier)
-        return self.clipped(guided)
+        y, plain = y[numbers].to(self.device), GuidanceSettings()
+        return self.clipped(guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier))
 
     def note_condition(self) -> None:
         if self.config["kind"] == "ddpm_conditional":
@@ -162,15 +159,12 @@ class Evaluator:
     device: torch.device
     dim: int  # D, of its features
 
-    @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or uint8, -> (B, D)."""
-        parts = ((to_x_0(part) if part.dtype == torch.uint8 else part) for part in x.split(256))
-        t = torch.ones(256, dtype=torch.long, device=self.device)
-        found = [self.net.features(part.to(self.device), t[: len(part)]) for part in parts]
+        parts = ((to_x_0(z) if z.dtype == torch.uint8 else z).to(self.device) for z in x.split(256))
+        found = [self.net.features(z, z.new_ones(len(z)).long()) for z in parts]
         return torch.cat(found).float().cpu()
 
-    @torch.no_grad()
     def p(self, x: Tensor) -> Tensor:
         """p(y | x), (B, C, H, W) -> (B, K)."""
         return self.net.head(self.features(x).to(self.device)).softmax(1).cpu()
@@ -182,28 +176,26 @@ class Evaluator:
 
 def load_evaluator(path: str | None, model: Model) -> Evaluator | None:
     """The classifier of --classifier, if given; UserError unless it was trained on the model's data."""
-    load, same = ddpm_conditional.load_classifier, ddpm_conditional.SAME_DATA
-    net = path and load(path, model.config, model.device, same)
+    net = path and load_classifier(path, model.config, model.device, guides=False)
     return net and Evaluator(net, model.device, net.head.in_features)
 
 
 def same_data(models: Sequence[Model]) -> None:
     """UserError unless all runs are of the same data set, image size, channels and classes."""
-    for model in models[1:]:
-        for key in (*ddpm_conditional.SAME_DATA, "class_names"):
-            if model.config[key] != models[0].config[key]:
-                differ = f"{model.path} and {models[0].path} differ in {flag(key)}"
-                raise UserError(f"{differ}: compare runs of the same data")
+    for model, key in product(models[1:], (*SAME_DATA, "class_names")):
+        if model.config[key] != models[0].config[key]:
+            differ = f"{model.path} and {models[0].path} differ in {flag(key)}"
+            raise UserError(f"{differ}: compare runs of the same data")
 
 
-def real_data(config: dict, settings: Settings, labelled: bool = False) -> utils.Data:
+def real_data(config: dict, settings: Settings, labelled: bool = False) -> Data:
     """The images that a run was trained on; UserError if its settings do not say which, or without labels."""
     name, root = config["dataset"], settings.data_root or config.get("data_root")
     if name is None:
         what = f"{config['name']}: published weights do not say what they were trained on"
         raise UserError(f"{what}; noise, denoise and losses take images with --image")
     choice = {key: config[key] for key in ("image_size", "channels", "limit")}
-    data = utils.get_data(name, root, "train", **choice, cache_dir=settings.cache_dir)
+    data = get_data(name, root, "train", **choice, cache_dir=settings.cache_dir)
     if labelled and data.labels is None:
         raise UserError(f"the images of {name} have no labels here: is it the --data-root of the run?")
     return data
@@ -255,8 +247,7 @@ def in_batches(eps_theta, batch_size: int, bar):
 def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None, diffusion=None):
     """Sampled images (B, C, H, W) of those numbers on the CPU, and the evaluations of the denoiser for each.
 
-    Each starts from noise of its own number, as in `ddpm.py --sample`. `denoiser_of(numbers)` makes the
-    denoiser of a batch (default: the model's); `diffusion` is the process to sample (default: the model's).
+    Each starts from noise of its own number. `denoiser_of(numbers)` and `diffusion` default to the model's.
     """
     diffusion, denoiser_of, done = diffusion or model.diffusion, denoiser_of or model.eps_theta, []
     name = getattr(sampler, "func", sampler).__name__  # of a partial, the function's
@@ -276,6 +267,7 @@ def pairs(pictures: Sequence[Image.Image]) -> list[Image.Image]:
 
 
 STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.inf)}  # of P2, by SNR
+PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
 
 
 def over_snr(title: str, y: str, lines: dict, log: str = "xy") -> Panel:
@@ -333,10 +325,9 @@ def compare(x: Tensor, x_0: Tensor, mean: Tensor | float) -> dict:
 
 
 def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callable | None = None) -> list:
-    """Rms distance of two noisings of one image, and of noisings of two images, at forty levels.
+    """Rms distance of two noisings of one image and of two, at forty levels (P2, Choi et al. 2022, figure 2).
 
-    P2, Choi et al. 2022, figure 2. Per pixel and squared they are 2 (1 - ab), and that plus ab |x - x'|^2;
-    with an evaluator's `features` also in these, as the paper's distance is a perceptual one.
+    Per pixel and squared: 2 (1 - ab), and that plus ab |x - x'|^2; in `features` perceptual, as the paper's.
     """
     rows = []
     for t in sorted({at(25 * k, diffusion.T) for k in range(1, 41)}):
@@ -351,6 +342,7 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callabl
 
 
 NOISE = "image images show levels snr samplers sample_steps draws classifier batch_size"
+BOUND = "autoencoder, no noise"  # the same at every level
 
 
 @study(NOISE, 1, 1, samplers=["ddim", "pndm", "ddpm"])
@@ -398,8 +390,7 @@ def noise(settings: Settings, model: Model) -> Result:
     panels += [over_snr("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels"), "x")]
     near = curves(far, "of", "snr", "features")
     panels += [over_snr("the same to the classifier", "rms per feature", near, "x")]
-    shown = {"x_t": space.decode(x_t)[:, None], **found}
-    grids = noise_grids(shown, x[: settings.show], diffusion, levels)
+    grids = noise_grids({"x_t": space.decode(x_t)[:, None], **found}, x[: settings.show], diffusion, levels)
     energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     drawn = f", {draws['ddpm']} draws of each by ddpm" if "ddpm" in draws else ""
@@ -413,11 +404,8 @@ def noise(settings: Settings, model: Model) -> Result:
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 
 
-BOUND = "autoencoder, no noise"  # the same at every level
-
-
 def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> None:
-    """Add the shares of high frequencies lost in the autoencoder, and besides in the diffusion, by a way."""
+    """Add the shares of high frequencies lost in the autoencoder, and besides in the diffusion by one way."""
     kept = {(row["reconstruction"], row["t"]): row["high kept"] or 0 for row in rows}
     lost, names = [], ("in the autoencoder", f"besides, by {way}")
     for t, snr in {row["t"]: row["snr"] for row in rows}.items():
@@ -519,8 +507,7 @@ def half_life(t: Sequence[int], values: Sequence[float]) -> float:
 
 
 def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_parts: int, seed: int):
-    """Points and images x_0 (B, C, H, W), noised: {title: pictures (1, C, H, W)} at the times `shown`, and
-    {measure: (times, values)} of what is left of them."""
+    """Of noised points and x_0 (B, C, H, W): {title: pictures at times `shown`}, {measure: (t, values)}."""
     T, times = diffusion.T, sorted({at(25 * k, diffusion.T) for k in range(1, 41)})
     clouds = {name: cloud(500, seeded_generator(seed, 0)) for name, cloud in CLOUDS.items()}
     many = standardised(x_0.repeat(math.ceil(50000 / x_0.numel()), 1, 1, 1))  # enough to measure a variance
@@ -583,13 +570,10 @@ def forward(settings: Settings) -> Result:
 
 # 4. Weights ------------------------------------------------------------------------------------------------
 def ho_weights(diffusion: Diffusion) -> Tensor:
-    """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,).
-
-    DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022).
-    """
+    """L_simple's weight of each VLB term: DDPM, eq. 12, with sigma_t^2 = beta_t, without the 2; (T,)."""
     alpha_bar = diffusion.alpha_bar
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
-    return (1 - beta) * (1 - alpha_bar[1:]) / beta
+    return (1 - beta) * (1 - alpha_bar[1:]) / beta  # lambda_t (P2, Choi et al. 2022)
 
 
 def continuous_weights(diffusion: Diffusion) -> Tensor:
@@ -723,10 +707,8 @@ def one_level(model: Model) -> tuple[list[Image.Image], list[dict]]:
 
 
 # 6. Samplers, and other schedules at inference -------------------------------------------------------------
-def real_halves(data: utils.Data, evaluator: Evaluator, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the real images in two random halves: samples are compared with the first, and so are n of
-    the second, as samples that could not be better. UserError where n is too small, or the data are too few.
-    """
+def real_halves(data: Data, evaluator: Evaluator, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of two random halves of the real images; UserError where n is too small or the data too few."""
     count, D = len(data.images), evaluator.dim
     if n <= D:
         needed = f"a Frechet distance in {D} features takes at least {D + 1} samples, not {n}"
@@ -749,11 +731,7 @@ def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
     """A denoiser for the process `other` out of one for `trained`, called with the t whose SNR is nearest."""
     # At equal SNR x_t has one distribution under both, so what was learned of its eps holds.
     times = torch.cat([torch.zeros(1, dtype=torch.long), nearest_times(trained, other.snr[1:])])  # (T+1,)
-
-    def eps_theta_on_schedule(x_t: Tensor, t: Tensor) -> Tensor:
-        return eps_theta(x_t, times.to(x_t.device)[t])
-
-    return eps_theta_on_schedule
+    return lambda x_t, t: eps_theta(x_t, times.to(x_t.device)[t])
 
 
 @study("samplers schedules spacing samples full classifier batch_size", 1, 1)
@@ -820,7 +798,7 @@ SCALES = [0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 15.0]
 GUIDANCE = "guidance_scale labels prompt per_label classifier guide sampler sample_steps batch_size"
 
 
-def real_of_labels(data: utils.Data, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def real_of_labels(data: Data, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """As real_halves, for samples of labels (n,): the second half has at most as many of each label."""
     order = torch.randperm(len(data.images), generator=seeded_generator(seed))
     order = order[torch.isin(data.labels[order], labels)]
@@ -839,7 +817,7 @@ def guides(settings: Settings, model: Model) -> dict[str, Callable]:
         raise UserError(f"{model.path} is unconditional: guide it with --classifier RUN")
     try:
         if path:
-            classifier = ddpm_conditional.load_classifier(path, model.config, model.device)
+            classifier = load_classifier(path, model.config, model.device)
             found["classifier"] = partial(model.guided, classifier=classifier)
     except UserError as error:  # an evaluator may have been trained on other noise; a guide may not
         if settings.guide or not found:
@@ -858,7 +836,7 @@ def guidance(settings: Settings, model: Model) -> Result:
     evaluator, denoisers = load_evaluator(settings.classifier, model), guides(settings, model)
     scales, sampler = settings.guidance_scale, settings.sampler or model.config["sampler"]
     if "cfg" in denoisers:
-        ddpm_conditional.settle_scale(model.config["p_uncond"])
+        settle_scale(model.config["p_uncond"])
         scales = [1.0] if model.config["p_uncond"] == 0 and scales == SCALES else scales
     names, y = conditions(model.path, model.config, settings)
     if not (settings.labels or settings.prompt) and len(names) > 10:  # ten of many, evenly spaced
@@ -943,7 +921,7 @@ def evaluate(settings: Settings, *models: Model) -> Result:
         sampler = settings.sampler or model.config["sampler"]
         steps, scales, y = min(settings.sample_steps, model.diffusion.T), [None], None
         if model.config.get("condition") == "label":
-            ddpm_conditional.settle_scale(model.config["p_uncond"])
+            settle_scale(model.config["p_uncond"])
             scales, y = settings.guidance_scale, torch.arange(n) % len(model.config["class_names"])
         for scale in scales:
             eps_theta_of = None if y is None else partial(model.guided, y, scale)
@@ -986,8 +964,7 @@ def losses(settings: Settings, *models: Model) -> Result:
                 x_t, eps = diffusion.noise_images(x_0, times, seeded_generator(settings.seed, t))
                 predicted = eps_theta(x_t.to(model.device), times.to(model.device)).cpu()
                 error, snr = (predicted - eps).square().mean().item(), diffusion.snr[t].item()
-                row = {"run": model.path, "snr": snr, "mse of eps": error, "mse of x_0": error / snr}
-                of_model.append(row)
+                of_model += [{"run": model.path, "snr": snr, "mse of eps": error, "mse of x_0": error / snr}]
         errors += of_model
         row = {"run": model.path, "prediction": model.config["prediction"]}
         row["weighting"] = model.config["weighting"] or "plain MSE"
@@ -1031,9 +1008,6 @@ def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0
     # End
 
 
-PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
-
-
 @study("langevin_levels inner step point_epochs samples classifier batch_size", 0, 1)
 def score(settings: Settings, model: Model | None = None) -> Result:
     """Annealed Langevin dynamics beside ancestral sampling, for points in the plane and for images.
@@ -1074,8 +1048,7 @@ def score(settings: Settings, model: Model | None = None) -> Result:
             grids.append(make_grid(x[:16], f"{way}, {evaluations} evaluations", 8))
         if evaluator:
             rows.append({"data": model.path, "sampler": "real", "n": n, **quality(others, half)})
-    seen = {name: {name: tuple(x.flatten(1).T.tolist())} for name, x in clouds.items()}
-    panels = [Panel(name, *PLANE, points, kind="points") for name, points in seen.items()]
+    panels = [Panel(way, *PLANE, {way: x.flatten(1).T.tolist()}, kind="points") for way, x in clouds.items()]
     figure = [Chart([*panels, *score_fields(diffusion, eps_theta)]), *pairs(grids)]
     return Result(figure, rows, model.folder if model else Result.folder)
 
@@ -1103,13 +1076,12 @@ def report(settings: Settings, model: Model) -> None:
     load_evaluator(settings.classifier, model)  # an error here comes before the work
     folder, pages, config = Path(settings.out) if settings.out else model.folder, [], model.config
     of_run = {key: config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
-    given = {key: value for key, value in vars(settings).items() if value is not None}
+    known = [*of_run.items(), *vars(settings).items()]
     for name, one in ((name, one) for name, one in STUDIES.items() if name != "report"):
         print(f"\n{name}")
         figure, rows, text = None, [], one.about[1]
         try:
-            chosen = given if one.most else {key: v for key, v in of_run.items() if v is not None} | given
-            chosen = {key: value for key, value in chosen.items() if key in rows_of(one.settings)}
+            chosen = {key: v for key, v in known if v is not None and key in rows_of(one.settings)}
             result = one.run(one.settings(**chosen), *[model] * bool(one.most))
             (figure, _), rows = publish(name, result, str(folder)), result.rows
         except UserError as error:

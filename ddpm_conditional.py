@@ -22,14 +22,12 @@ from tqdm import tqdm
 
 import ddpm
 import utils
-from ddpm import SamplerSettings, load_network
 from modules import EMA, NetworkSettings, Pixels, make_network
 from support import launch, runs
 from support.errors import UserError, note, run_main
 from support.generators import draw, seeded_generator
 from support.images import to_x_0
 from support.latents import settle_latent
-from support.launch import Task
 from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling
 from support.pictures import make_grid, save_picture
@@ -42,9 +40,8 @@ from support.text import CONDITIONS, ConditionSettings, conditions
 def cfg(diffusion, net, y: Tensor, scale: float, interval=None, rescale: float = 0.0):
     """Classifier-free guidance, `eps_u + s (eps_c - eps_u)`; y (B, ...) is the condition of each image.
 
-    Ho & Salimans 2022, eq. 6, whose w is s - 1: s = 1 is plain conditional, s = 0 unconditional. With an
-    interval it guides where interval[0] <= t <= interval[1], and is plain conditional elsewhere (Kynkäänniemi
-    et al. 2024); `rescale` is the phi of `rescaled`.
+    Ho & Salimans 2022, eq. 6, whose w is s - 1: s = 1 is plain conditional, s = 0 unconditional. Outside an
+    `interval` of t it is plain conditional (Kynkäänniemi et al. 2024); `rescale` is the phi of `rescaled`.
     """
     conditional = diffusion.denoiser(net, y)
 
@@ -80,8 +77,7 @@ def within(interval, inside, outside):
 def rescaled(diffusion, eps: Tensor, eps_c: Tensor, x_t: Tensor, t: Tensor, phi: float) -> Tensor:
     """The guided eps, with the contrast of the conditional x_0 restored in its x_0; all (B, C, H, W), t (B,).
 
-    x_0 <- phi x_0 std(x_c) / std(x_0) + (1 - phi) x_0, the standard deviations over each image (Lin et al.
-    2023, section 3.4, applied to x_0).
+    x_0 <- phi x_0 std(x_c) / std(x_0) + (1 - phi) x_0 for each image (Lin et al. 2023, section 3.4, on x_0).
     """
     x_0, x_c = (diffusion.x_0_from_eps(x_t, e, t) for e in (eps, eps_c))
     ratio = x_c.std((1, 2, 3), keepdim=True) / x_0.std((1, 2, 3), keepdim=True)
@@ -110,8 +106,7 @@ def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: floa
 def dynamic_threshold(diffusion, eps_theta, quantile: float):
     """The denoiser with x_0 clamped to [-s, s] and divided by s; s >= 1 is a quantile of the image's |x_0|.
 
-    Where guidance drives many pixels out of [-1, 1], this keeps the differences between them, which clipping
-    would remove (Imagen, Saharia et al. 2022, section 2.3). `quantile` in (0, 1].
+    Unlike clipping it keeps differences out of [-1, 1] (Imagen, Saharia et al. 2022, section 2.3).
     """
 
     def thresholded(x_t: Tensor, t: Tensor) -> Tensor:
@@ -139,20 +134,18 @@ class GuidanceSettings:  # also of the previews while training
 
 def guided_denoiser(diffusion, net, y: Tensor, scale: float, settings: GuidanceSettings, classifier=None):
     """The denoiser of the guidance settings, its condition y (B, ...) closed over."""
-    interval = settings.guidance_interval
+    interval, threshold = settings.guidance_interval, settings.dynamic_threshold
     if classifier is None:
         eps_theta = cfg(diffusion, net, y, scale, interval, settings.guidance_rescale)
     else:
         base = diffusion.denoiser(net)  # without y: the null condition
         eps_theta = classifier_guidance(diffusion, base, classifier, y, scale)
         eps_theta = within(interval, eps_theta, base) if interval else eps_theta
-    threshold = settings.dynamic_threshold
     return dynamic_threshold(diffusion, eps_theta, threshold) if threshold else eps_theta
 
 
 def check_guidance(settings: GuidanceSettings, T: int | None = None, latent: str | None = None) -> None:
-    """UserError for a scale listed twice, an interval the wrong way round or, with T, not in 1..T, or a
-    threshold for latents."""
+    """UserError for a scale listed twice, an interval that is not one of 1..T, or a threshold for latents."""
     scales, interval = settings.guidance_scale, settings.guidance_interval
     if len({f"{scale:g}" for scale in scales}) < len(scales):
         raise UserError("--guidance-scale lists the same scale twice")
@@ -161,9 +154,8 @@ def check_guidance(settings: GuidanceSettings, T: int | None = None, latent: str
     if interval and T and interval[1] > T:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
     if latent and settings.dynamic_threshold:
-        raise UserError(
-            "--dynamic-threshold is for pixels, which lie in [-1, 1], not for latents: leave it out"
-        )
+        pixels = "for pixels, which lie in [-1, 1], not for latents"
+        raise UserError(f"--dynamic-threshold is {pixels}: leave it out")
 
 
 # Training: a conditional denoiser, or a noise-aware classifier. -------------------------------------------
@@ -187,7 +179,7 @@ def classifier_loss(diffusion, net, x_0: Tensor, y: Tensor, generator=None) -> T
     # End
 
 
-def conditional(command: Command, data: utils.Data, device: torch.device) -> Task:
+def conditional(command: Command, data: utils.Data, device: torch.device) -> launch.Task:
     """A UNet that learns to denoise images given their labels or captions; previews have them as rows."""
     command[TaskSettings].condition = command["condition"] or ("text" if data.labels is None else "label")
     config, guidance, name = command.config(), command[GuidanceSettings], command["dataset"]
@@ -197,7 +189,7 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
     y, names, y_shown, keep = CONDITIONS[config["condition"]](data, name)
     net = make_network({**config, "kind": "ddpm_conditional", "class_names": data.class_names, **keep})
     if config["init"] and not command["resume"]:  # averaged weights of an unconditional run; the rest is new
-        unet, _, init = load_network(config["init"], kinds=("ddpm",))
+        unet, _, init = ddpm.load_network(config["init"], kinds=("ddpm",))
         net.load_state_dict(unet.state_dict(), strict=False)
         print(f"init     from {config['init']}, epoch {init['epoch']}")
     settle_scale(config["p_uncond"], command)
@@ -216,10 +208,10 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> Tas
         save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
 
     loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])
-    return Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep, latents=latents)
+    return launch.Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep, latents=latents)
 
 
-def classification(command: Command, data: utils.Data, device: torch.device) -> Task:
+def classification(command: Command, data: utils.Data, device: torch.device) -> launch.Task:
     """A classifier of noisy images; a tenth of them is kept back to measure its accuracy."""
     config = command.config()
     name, seed, diffusion = config["dataset"], config["seed"], ddpm.make_diffusion(config)
@@ -242,9 +234,8 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
 
     net = make_network({**config, "kind": "classifier", "class_names": data.class_names})
     use = ("--sample", 64, "--checkpoint", "RUN", "--guidance", "classifier", "--classifier")
-    loss, images = partial(classifier_loss, diffusion), data.images[trained_on]
-    y_0 = data.labels[trained_on]
-    return Task("classifier", net, loss, preview, EMA, images, y_0, use=use, latents=latents)
+    loss, known = partial(classifier_loss, diffusion), (data.images[trained_on], data.labels[trained_on])
+    return launch.Task("classifier", net, loss, preview, EMA, *known, use=use, latents=latents)
 
 
 @torch.no_grad()
@@ -263,6 +254,7 @@ def measure_accuracy(diffusion, net, x_0: Tensor, y: Tensor, batch_size: int, se
 
 
 TASKS, KINDS = {"diffusion": conditional, "classifier": classification}, ("ddpm_conditional", "classifier")
+SAME_DATA = ("dataset", "image_size", "channels")  # of a classifier and its model, or of runs to compare
 
 
 def settle_scale(p_uncond: float, command: Command | None = None) -> None:
@@ -274,29 +266,26 @@ def settle_scale(p_uncond: float, command: Command | None = None) -> None:
         command.settle({"guidance_scale": [1.0]})
 
 
-SAME_DATA = ("dataset", "image_size", "channels")
-
-
-def load_classifier(path: str, model: dict, device, same=(*SAME_DATA, "noise_steps", "schedule")):
-    """A run of --task classifier; UserError unless its settings `same` and its classes are the model's."""
+def load_classifier(path: str, model: dict, device, guides: bool = True):
+    """A run of --task classifier; UserError unless it fits the model's data, and, to guide, its noise."""
     if model["kind"] == "published" or model.get("condition") == "text":
         on = "captions" if model.get("condition") == "text" else "unknown data"
         raise UserError(f"a classifier takes a model of labels; this one was trained on {on}: use cfg")
-    classifier, _, theirs = load_network(path, device, ("classifier",))
+    classifier, _, theirs = ddpm.load_network(path, device, ("classifier",))
+    same = (*SAME_DATA, "noise_steps", "schedule") if guides else SAME_DATA
     runs.check_classifier(path, theirs, model, same)
     scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # each measured its own
-    if scales[0] != (scales[1] if "schedule" in same else None):  # an evaluator sees images
-        of = f"the model's latents: add --latent {model.get('latent')}" if "schedule" in same else "images"
+    if scales[0] != (scales[1] if guides else None):  # an evaluator sees images
+        of = f"the model's latents: add --latent {model.get('latent')}" if guides else "images"
         raise UserError(f"--classifier {path}: train one with --task classifier on {of}")
     return classifier.requires_grad_(False)
 
 
-def described(settings: SamplerSettings, guidance: GuidanceSettings, kind: str = "cfg") -> str:
+def described(settings: ddpm.SamplerSettings, guidance: GuidanceSettings, kind: str = "cfg") -> str:
     """The sampler and the guidance, for a caption."""
     interval = guidance.guidance_interval and "{} to {}".format(*guidance.guidance_interval)
-    options = (interval, guidance.guidance_rescale, guidance.dynamic_threshold)
-    named = zip(("interval", "rescale", "threshold"), options, strict=True)
-    chosen = [f"{name} {value}" for name, value in named if value]
+    options = dict(interval=interval, rescale=guidance.guidance_rescale, threshold=guidance.dynamic_threshold)
+    chosen = [f"{name} {value}" for name, value in options.items() if value]
     return ", ".join([f"{settings}", f"{kind} guidance", *chosen])
 
 
@@ -306,7 +295,7 @@ def run_sampling(command: Command) -> None:
     wanted, seed, device = command[ConditionSettings], command["seed"], get_device(command["device"])
     processes, each, path = launch.join_processes(device), output.sample, output.checkpoint
     kinds = ("ddpm_conditional", "ddpm") if how.guidance == "classifier" else ("ddpm_conditional",)
-    net, diffusion, config = load_network(path, device, kinds)
+    net, diffusion, config = ddpm.load_network(path, device, kinds)
     settings, space = ddpm.settle_sampler(command, config, diffusion.T), config["space"]
     check_guidance(guidance, diffusion.T, config.get("latent"))
     if how.guidance == "cfg":
@@ -351,13 +340,8 @@ class GuideSettings:
     classifier: str | None = setting(None, "run of --task classifier", "RUN", of="guidance=classifier")
 
 
-GROUPS = {
-    **ddpm.GROUPS,
-    "task": TaskSettings,
-    "conditions": ConditionSettings,
-    "conditional samples": GuideSettings,
-    "guidance (it also serves the previews)": GuidanceSettings,
-}
+GROUPS = ddpm.GROUPS | {"task": TaskSettings, "conditions": ConditionSettings}
+GROUPS |= {"conditional samples": GuideSettings, "guidance (it also serves the previews)": GuidanceSettings}
 
 
 def settle_init(command: Command) -> None:
@@ -382,8 +366,7 @@ def main() -> None:
         raise UserError("--init is for a new run, --resume goes on with one: leave one out")
     check_guidance(command[GuidanceSettings])
     if command["sample"] is not None:
-        run_sampling(command)
-        return
+        return run_sampling(command)
     if len(command["guidance_scale"]) > 1:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if command["init"]:

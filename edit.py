@@ -139,13 +139,9 @@ def ddim_inversion(diffusion, eps_theta, x, timesteps, iterations: int = 5) -> T
 
 
 def slerp(a: Tensor, b: Tensor, u: Tensor) -> Tensor:
-    """From a to b (B, C, H, W) along the sphere, u (B,) in [0, 1], so that noise keeps its norm.
-
-    sin((1 - u) phi) / sin(phi) a + sin(u phi) / sin(phi) b, phi the angle between them (DDIM, appendix D.5).
-    """
-    u = u.view(-1, 1, 1, 1)
-    cosine = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1).view(-1, 1, 1, 1)
-    phi = cosine.acos().clamp(min=1e-6)  # (B, 1, 1, 1)
+    """From a to b (B, C, H, W) on the sphere, u (B,) in [0, 1]: noise keeps its norm (DDIM, appendix D.5)."""
+    phi = F.cosine_similarity(a.flatten(1), b.flatten(1)).clamp(-1, 1).acos().clamp(min=1e-6)  # (B,), angle
+    u, phi = u.view(-1, 1, 1, 1), phi.view(-1, 1, 1, 1)
     return ((1 - u) * phi).sin() / phi.sin() * a + (u * phi).sin() / phi.sin() * b
 
 
@@ -163,8 +159,7 @@ def pixels(noise: Tensor):
 
 def fourier(noise: Tensor):
     """The lowest quarter of the frequencies in each direction: no details at all."""
-    size = noise.shape[-1]
-    keep = max(1, size // 8)  # cycles per image, of size / 2
+    size, keep = noise.shape[-1], max(1, noise.shape[-1] // 8)  # keep so many cycles per image, of size / 2
     rows = [*range(keep + 1), *range(size - keep, size)]
     share = len(rows) * (2 * keep + 1) / size**2  # of all frequencies; scales steps to those of pixels
     start = torch.fft.rfft2(0.1 * noise, norm="ortho")[..., rows, : keep + 1] * share**0.5
@@ -184,9 +179,6 @@ def low_rank(noise: Tensor):
     U = (0.3 * noise[..., :rank]).requires_grad_()  # (B, C, H, rank)
     V = (0.3 * noise[..., rank : 2 * rank, :]).requires_grad_()  # (B, C, rank, W)
     return [U, V], lambda: U @ V
-
-
-PARAMETERISATIONS = {"pixels": pixels, "fourier": fourier, "low_rank": low_rank}
 
 
 def score_distillation(diffusion, eps_theta, parameters, steps, lr, generators, snapshot_steps=()):
@@ -256,9 +248,6 @@ def deblur(shape, sigma: float | None = None) -> Measurement:
     return Measurement(on_both_sides(B), on_both_sides(B_inverse))
 
 
-PROBLEMS = {"colourise": colourise, "deblur": deblur, "super_resolve": super_resolve}
-
-
 def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
     """The denoiser whose x_0 agrees with the measurement y, eps derived again (DDNM, Algorithm 1)."""
 
@@ -275,8 +264,12 @@ def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
 # What every task is given ---------------------------------------------------------------------------------
 START = "strides to start at, of 990, 960, ..., 0 or --sample-steps, from 0 on (default: 1,3,5,7,10,20)"
 I_STARTS = [1, 3, 5, 7, 10, 20]
+PARAMETERISATIONS = {"pixels": pixels, "fourier": fourier, "low_rank": low_rank}
+PROBLEMS = {"colourise": colourise, "deblur": deblur, "super_resolve": super_resolve}
 BLUR = "sigma of the blur, in pixels (default: a 32nd of the width, at least 1.5)"
 KINDS = f"parameterisations of the images, with commas: {', '.join(PARAMETERISATIONS)}"
+# A result to be made: the numbers of its image, its condition and its draw, and the label of its row.
+Item = namedtuple("Item", "image condition draw label", defaults=(0, 0, 0, ""))
 
 
 @cli.settings()
@@ -309,10 +302,6 @@ class EditSettings:  # of all tasks; EDITS below lists those of each
     out: str | None = setting(None, "directory for one PNG per result, beside the figure", "DIR")
 
 
-# A result to be made: the numbers of its image, its condition and its draw, and the label of its row.
-Item = namedtuple("Item", "image condition draw label", defaults=(0, 0, 0, ""))
-
-
 class Model:
     """The network of --checkpoint with its conditions, and the settings of the command line, all settled."""
 
@@ -328,7 +317,6 @@ class Model:
         ddpm.settle_sampler(command, self.config, self.diffusion.T)
         command.settle(defaults)
         ddpm_conditional.check_guidance(self.guidance, self.diffusion.T, self.config.get("latent"))
-
         self.names, self.y = [""], None  # the conditions (R, ...), if any
         if typed and self.config["kind"] != "ddpm_conditional":
             raise UserError(f"{path} is an unconditional model: leave out {typed[0]}, or name another run")
@@ -337,8 +325,8 @@ class Model:
             ddpm_conditional.settle_scale(self.config.get("p_uncond", 0.1), command)
         elif self.config["kind"] == "ddpm_conditional":
             note(f"{path} is conditional: without --labels or --prompt it gets the null condition")
-        path, same = self.settings.classifier, ddpm_conditional.SAME_DATA
-        self.classifier = path and ddpm_conditional.load_classifier(path, self.config, self.device, same)
+        load, path = ddpm_conditional.load_classifier, self.settings.classifier
+        self.classifier = path and load(path, self.config, self.device, guides=False)
         self.space = self.config["space"]  # where x_0 is; the user's images are pixels
         self.shape = self.config["channels"], self.config["image_size"], self.config["image_size"]
         T, steps = self.diffusion.T, self.sampling.sample_steps
@@ -438,16 +426,14 @@ def run_sdedit(model: Model):
         for head, timesteps in ways.items():
             eps_theta = Watched(model.denoiser(items), diffusion.T, bar, timesteps[:1])
             x = sdedit(diffusion, model.sampler, eps_theta, x_0, timesteps, model.generators(items))
-            columns[head] = torch.stack([*model.seen(eps_theta).values(), model.space.decode(x)], 1).flatten(
-                0, 1
-            )
+            pair = [*model.seen(eps_theta).values(), model.space.decode(x)]
+            columns[head] = torch.stack(pair, 1).flatten(0, 1)
         return columns
 
     columns = model.batches("sdedit", items, edit, len(ways))
-    results, x_0 = {head: columns[head][1::2] for head in ways}, columns["input"][::2]
+    results, x_0 = {head.replace("\n", ", "): columns[head][1::2] for head in ways}, columns["input"][::2]
     labels = [label for item in items for label in (f"{item.label} noised", f"{item.label} edited")]
     notes = [f"{head}: {distance(x, x_0):.4f} rms from the input" for head, x in results.items()]
-    notes = [text.replace("\n", ", ") for text in notes]
     return columns, labels, torch.stack(list(results.values()), 1).flatten(0, 1), notes
 
 
@@ -678,14 +664,12 @@ def main() -> None:
     model, out = Model(command, defaults), command["out"]
     folder = prepare_folders(run_folder(command["checkpoint"]) / "edits", out)
     columns, labels, results, notes = run(model)
-
     shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}  # settings in the caption
     names = [name for name in (*flags.split(), "no_clip") if name in shown]
     own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
-    made = f"{model.sampling}"
-    if model.y is not None:
-        scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
-        made = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
+    scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
+    guided = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
+    made = f"{model.sampling}" if model.y is None else guided
     about = ", ".join([task, *own, model_name(model.config), made, f"seed {command['seed']}"])
     heads = [f"t = {head}" if isinstance(head, int) else head for head in columns]
     x, caption = torch.stack(list(columns.values()), 1).flatten(0, 1), "; ".join([about, *notes])
