@@ -35,11 +35,7 @@ def captions(labels: Sequence[int] | None, class_names: Sequence[str] | None) ->
 
 
 def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] | None, list[str] | None]:
-    """The folder of the cars, their files, and their labels and class names if these are known.
-
-    Labels are the official class numbers less 1 by names.csv, anno_*.csv or the devkit, else the positions of
-    the class folders in alphabetical order. UserError without cars, or for a car without an official class.
-    """
+    """The folder of the cars, files, labels and class names, the official ones if known; else UserError."""
     folder, near = find_images(root, split)
     files, labels, folders = labelled_folders(folder)
     if path := find_file(near, "names.csv"):
@@ -50,13 +46,11 @@ def labelled_cars(root: Path, split: str) -> tuple[Path, list[Path], list[int] |
         files, labels, folders = flat, None, None
     elif official:  # labels by folder name
         number_of = {key(name): k for k, name in enumerate(official)}
-        if unknown := [name for name in folders if key(name) not in number_of]:
-            raise UserError(
-                f"{folder / unknown[0]} is no class of names.csv or the devkit: rename or move it"
-            )
+        if odd := [folder / name for name in folders if key(name) not in number_of]:
+            raise UserError(f"{odd[0]} is no class of names.csv or the devkit: rename or move it")
         return folder, files, [number_of[key(folders[k])] for k in labels], official
     if not (numbers := labels_by_file(files, near, split)):
-        return folder, files, labels, folders
+        return folder, files, labels, folders  # in alphabetical order
     if official and max(numbers) >= len(official):
         raise UserError(f"class {max(numbers) + 1} of {folder} is none of the {len(official)} classes")
     if not official:  # class names by folder

@@ -108,9 +108,8 @@ def table(rows: Sequence[dict], digits: int = 4) -> list[list[str]]:
     """A table's cells, its header first: every column that some row has; None as an empty cell."""
 
     def cell(value: object) -> str:
-        if value is None or isinstance(value, (str, int)):
-            return "" if value is None else str(value)
-        return f"{float(value):.{digits}g}"
+        value = "" if value is None else value
+        return str(value) if isinstance(value, (str, int)) else f"{float(value):.{digits}g}"
 
     header = list(dict.fromkeys(column for row in rows for column in row))
     return [header, *([cell(row.get(column)) for column in header] for row in rows)]
@@ -181,8 +180,7 @@ def write_report(path: Path, pages: Sequence) -> Path:
     """Write pages as a PDF, under that name or the next free one."""
     from matplotlib.backends.backend_pdf import PdfPages
 
-    path = new_path(path, ".pdf")
-    with replacing(path) as file, PdfPages(file) as pdf:
+    with replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages:
             pdf.savefig(page)
     return path

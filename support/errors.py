@@ -11,6 +11,13 @@ from pathlib import Path
 
 import torch
 
+NO_MEMORY = re.compile(  # in the words of CUDA, HIP, MPS, Intel's and Microsoft's libraries, PyTorch, systems
+    r"out_?of_?(device_|host_)?(memory|resources)|alloc(ation)?_?failed|memory_?allocation|bad_(alloc|array)"
+    r"|invalid_buffer_size|not_enough_(gpu_video_)?memory|insufficient_resources|paging_file_is_too_small"
+    r"|(can't|cannot|could_not|unable_to|failed_to)_allocate"
+    r"|could_not_(create_a_memory|execute_a_primitive|create_a_primitive$)"
+)
+
 
 class UserError(Exception):
     """Something the user can put right; its text is one clear line that says how."""
@@ -33,14 +40,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-NO_MEMORY = re.compile(  # in the words of CUDA, HIP, MPS, Intel's and Microsoft's libraries, PyTorch, systems
-    r"out_?of_?(device_|host_)?(memory|resources)|alloc(ation)?_?failed|memory_?allocation|bad_(alloc|array)"
-    r"|invalid_buffer_size|not_enough_(gpu_video_)?memory|insufficient_resources|paging_file_is_too_small"
-    r"|(can't|cannot|could_not|unable_to|failed_to)_allocate"
-    r"|could_not_(create_a_memory|execute_a_primitive|create_a_primitive$)"
-)
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says so: one of Python, of PyTorch, of the libraries it calls, or of the system."""
     said = error.strerror if isinstance(error, OSError) else str(error) * isinstance(error, RuntimeError)
@@ -50,9 +49,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process of ours could not be reached."""
-    names = ("gloo", "nccl", "connection closed", "connection reset", "c10d")
     together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return together and any(name in str(error).lower() for name in names)
+    return together and bool(re.search("gloo|nccl|connection (closed|reset)|c10d", str(error).lower()))
 
 
 @contextmanager
@@ -61,12 +59,11 @@ def stop_on_signal() -> Iterator[threading.Event]:
     stop = threading.Event()
 
     def handle(signum: int, frame: object) -> None:
-        if stop.is_set() and signum == signal.SIGTERM and "LOCAL_RANK" in os.environ:
-            return  # torchrun passes on a Ctrl-C that its processes have had from the terminal
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
+        if not stop.is_set():
+            stop.set()
+            print("\nstopping after this step (once more to stop at once) ...", file=sys.stderr)
+        elif signum != signal.SIGTERM or "LOCAL_RANK" not in os.environ:
+            raise KeyboardInterrupt  # torchrun's SIGTERM only passes on a Ctrl-C that we have had already
 
     here = threading.current_thread() is threading.main_thread()  # the only one that may handle signals
     before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM) if here}
@@ -110,7 +107,6 @@ def run_main(main: Callable[[], None]) -> None:
 
     out = Lasting(sys.stdout)
     err = Lasting(sys.stderr) if sys.stderr else out
-
     try:
         with open(os.devnull, "w") as nowhere:
             with redirect_stdout(nowhere if silent else out), redirect_stderr(nowhere if silent else err):
@@ -127,10 +123,9 @@ def run_main(main: Callable[[], None]) -> None:
             sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
         if not is_out_of_memory(error):
             raise
-        both = "--accumulate PARTS and --checkpointing"
         resumed = any(word.split("=")[0] == "--resume" for word in sys.argv)
-        lower = f"add {both}" if resumed else f"lower --batch-size; a training run also takes {both}"
-        sys.exit(fail(f"out of memory: {lower}"))
+        take = "add" if resumed else "lower --batch-size; a training run also takes"
+        sys.exit(fail(f"out of memory: {take} --accumulate PARTS and --checkpointing"))
     except KeyboardInterrupt:
         if not silent:
             print(f"{name}: stopped", file=err)

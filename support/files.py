@@ -34,10 +34,7 @@ csv.field_size_limit(2**30)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` in one step at the end; `path` is always whole.
-
-    Every writer has a temporary file of its own, which is locked as long as it is open.
-    """
+    """A file to write to that takes the place of `path` in one step at the end; `path` is always whole."""
     file = open_temporary(path)
     try:
         with file:
@@ -62,6 +59,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_temporary(path: Path) -> BinaryIO:
+    """A new file beside `path`, of this writer alone, locked as long as it is open."""
     while True:
         file = open(path.with_name(f"{secrets.token_hex(4)}.{path.name}.tmp"), "xb")
         with suppress(OSError):  # of file systems without locks
@@ -83,15 +81,12 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def new_path(path: Path, suffix: str = "") -> Path:
-    """`path`, or if that is taken, the first of path_2, path_3, ... that is free (before the suffix).
-
-    With a suffix it is a file, which is made, empty, so that no other process takes the name.
-    """
+    """`path`, or the first free one of path_2, path_3, ...; with a suffix it is a file, made empty."""
     for n in count(1):
         new = path if n == 1 else path.with_name(f"{path.name.removesuffix(suffix)}_{n}{suffix}")
         with suppress(FileExistsError):
             if suffix:
-                new.touch(exist_ok=False)
+                new.touch(exist_ok=False)  # so that no other process takes the name
             if suffix or not os.path.lexists(new):
                 return new
 
@@ -115,8 +110,7 @@ def read_csv(path: Path) -> list[list[str]]:
     """The rows of a table, its header first; none where there is no file. A spreadsheet may have saved it."""
     if path.is_file() and (what := damage(path)) and "empty" not in what:
         raise UserError(f"{path} {what}; get it again")
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape") if path.is_file() else ""
-    lines = text.splitlines()
+    lines = path.read_text("utf-8-sig", "surrogateescape").splitlines() if path.is_file() else []
     mark = next((mark for mark in ";\t" if lines and mark in lines[0] and "," not in lines[0]), ",")
     comma = str.maketrans(",", ".") if mark != "," else {}  # where ; separates, 0,5 is a number
     return [[cell.translate(comma) for cell in row] for row in csv.reader(lines, delimiter=mark) if row]
@@ -134,19 +128,16 @@ def read_json(path: Path, missing: str) -> dict:
 
 def damage(path: Path) -> str | None:
     """What a file is that should be another one, where its first bytes tell; else None."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    except OSError:
-        return None
-    if not start:
-        return "is damaged: an empty file (truncated)"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, which stands for the file (git lfs pull gets it)"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error", b"<!--")):
-        return "is a web page, saved in place of the file"
-    if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
-        return "is damaged: truncated, its end is missing"
+    with suppress(OSError), open(path, "rb") as file:
+        start = file.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+        if not start:
+            return "is damaged: an empty file (truncated)"
+        if start.startswith(b"version https://git-lfs"):
+            return "is a Git LFS pointer, which stands for the file (git lfs pull gets it)"
+        if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error", b"<!--")):
+            return "is a web page, saved in place of the file"
+        if start.startswith(b"pk\3\4") and not zipfile.is_zipfile(path):
+            return "is damaged: truncated, its end is missing"
     return None
 
 

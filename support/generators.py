@@ -31,8 +31,7 @@ def draw(random: Callable[..., Tensor], shape: Sequence[int], x: Tensor, generat
     if isinstance(generator, BatchShare):
         whole = draw(random, (generator.total, *shape[1:]), x, generator.generator)
         return whole[generator.images.start : generator.images.stop : generator.images.step]
-    device = x.device if generator is None else generator.device
-    return random(shape, generator=generator, device=device).to(x.device)
+    return random(shape, generator=generator, device=(generator or x).device).to(x.device)
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:

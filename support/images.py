@@ -22,6 +22,8 @@ IMAGE_SUFFIXES = {*READ.split(), *".heic .heif .jxl .jp2 .tga .ico .svg .psd".sp
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]  # Pillow runs no program to read these
 IMAGE_FORMATS += ["AVIF"] * bool(find_spec("PIL.AvifImagePlugin"))  # from Pillow 11.3 on
 NO_CLASSES = re.compile(r"mask|(.*[_ -])?(masks|annotations?|labels)|mask_.*|segmentation.*", re.I)
+SPLIT = re.compile(r"(?:x_)?(train|test|val)(?:ing|id|idation)?(?:[_ -]?(?:set|images|data))?", re.I)
+CAPTION = '{"file_name": "image.png", "text": "a caption"}'
 MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}  # not the fault of an image file
 Picture = Path | Scene | np.ndarray  # what an image is made from; an array is uint8 (h, w) or (h, w, 1 or 3)
 
@@ -37,13 +39,10 @@ def entries(folder: Path) -> list[Path]:
 
 
 def image_files(folder: Path, recursive: bool = False, seen: set[Path] | None = None) -> list[Path]:
-    """The image files of a folder, sorted by path, without hidden ones, with links to missing files.
-
-    Links to folders are followed, but to none above it or `seen` before.
-    """
+    """The image files of a folder, sorted by path, without hidden ones, with links to missing files."""
     found, here = [], Path(os.path.realpath(folder))
     seen = set(here.parents) if seen is None else seen
-    if here in seen:
+    if here in seen:  # by a link to it, or to a folder above
         return []
     seen.add(here)
     for path in entries(folder):
@@ -73,14 +72,8 @@ def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     return [path for files in files_of.values() for path in files], labels, names
 
 
-SPLIT = re.compile(r"(?:x_)?(train|test|val)(?:ing|id|idation)?(?:[_ -]?(?:set|images|data))?", re.I)
-
-
 def splits_of(root: Path) -> dict[str, Path]:
-    """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others.
-
-    The one folder of an archive, in which all the others are, stands for `root`.
-    """
+    """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others."""
     counts = {f: n for f in class_folders(root) if (n := len(image_files(f, recursive=True)))}
     parts = {found[1].lower(): f for f in counts if (found := SPLIT.fullmatch(f.name))}
     others = [f for f in counts if f not in parts.values()]
@@ -88,18 +81,14 @@ def splits_of(root: Path) -> dict[str, Path]:
     if (root / "metadata.jsonl").is_file():
         return {"train": root}
     if len(others) == len(counts) == 1 and not flat and not image_files(inner):
-        return splits_of(inner)
+        return splits_of(inner)  # the one folder of an archive, in which all the others are
     known = [f for f in others if not NO_CLASSES.fullmatch(f.name)]  # as classes
-    if sum(counts[f] for f in parts.values()) < len(flat) + sum(counts[f] for f in known):
-        return {"train": root}  # what most of the images say
-    if not parts or (known and set(parts) == {"train"} and not labelled_folders(parts["train"])[0]):
+    few = sum(counts[f] for f in parts.values()) < len(flat) + sum(counts[f] for f in known)
+    if few or not parts or (known and set(parts) == {"train"} and not labelled_folders(parts["train"])[0]):
         return {"train": root}  # "train" may also be a class of trains
     if left := [f.name for f in others] + [f"{len(flat)} images"] * bool(flat):
         note(f"{root} is taken for a set in splits: {', '.join(left)} left out")
     return parts
-
-
-CAPTION = '{"file_name": "image.png", "text": "a caption"}'
 
 
 def read_captions(path: Path) -> tuple[list[Path], list[str]]:
@@ -158,10 +147,7 @@ def upright(image: Picture, size: int, channels: int, paper: str = "white") -> I
 
 
 def read_image(image: Picture, size: int, channels: int, mask: bool = False) -> np.ndarray:
-    """What `upright` returns, its short side scaled to `size`, its center cropped; (C, size, size) uint8.
-
-    A `mask` is painted on black paper and not interpolated.
-    """
+    """What `upright` returns, scaled and cropped to (C, size, size) uint8; a `mask` not interpolated."""
     method = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
     picture = ImageOps.fit(upright(image, size, channels, "black" if mask else "white"), (size, size), method)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
@@ -190,9 +176,8 @@ def read_images(files: list[str], size: int, channels: int, mask: bool = False) 
         except Exception as error:  # Pillow's decoders raise almost anything on a broken file
             if is_out_of_memory(error):
                 raise
-            raise UserError(
-                f"{typed} {file} can't be read as an image: {damage(Path(file)) or error}"
-            ) from None
+            why = damage(Path(file)) or error
+            raise UserError(f"{typed} {file} can't be read as an image: {why}") from None
         if (width, height) != (size, size):
             crop, method = "cropped to a square and " * (width != height), ", nearest" * mask
             note(f"{file}, {width}x{height}, is {crop}resized to {size}x{size}{method}")

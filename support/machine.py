@@ -60,8 +60,7 @@ def use_bf16(precision: str, device: torch.device, net: torch.nn.Module) -> bool
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # what a CPU may have for it
-    has_it = any(getattr(torch.cpu, question, bool)() for question in questions)
+    has_it = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
     widest = max((m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)), default=0)
     return device.type == "cpu" and widest >= 256 and has_it
 
@@ -113,11 +112,7 @@ def progress(what: str, total: float | None = None, unit: str = "image") -> tqdm
 
 
 class Watched:
-    """A function f(x, t) of images x (B, C, H, W) and times t (B,) that counts its `evaluations`.
-
-    t falls from T to 0, in any number of evaluations, so `bar`, in images, follows t; where their `total` is
-    given, it follows their number. `kept[t]` is x at those t that are in `keep`.
-    """
+    """f(x, t) of images x (B, C, H, W), times t (B,), its `evaluations` and `kept`, {t: x} of t in `keep`."""
 
     def __init__(self, f: Callable, T: int, bar: tqdm | None = None, keep: Container[int] = (), total=0):
         self.f, self.T, self.bar, self.keep, self.total = f, T, bar, keep, total
@@ -127,9 +122,9 @@ class Watched:
         time, self.evaluations = int(t[0]), self.evaluations + 1
         if time in self.keep and time not in self.kept:
             self.kept[time] = x.cpu()
-        if self.total:
+        if self.total:  # evaluations, in each of which the bar, in images, moves on
             self.bar.update(len(x) / self.total)
-        elif self.bar is not None and time < self.reached:
+        elif self.bar is not None and time < self.reached:  # else it follows t, from T to 0
             self.bar.update((self.reached - time) / self.T * len(x))
             self.reached = time
         return self.f(x, t)

@@ -70,20 +70,16 @@ def kept_colour(x: Tensor, x_0: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of features (n, D) and (m, D) (Heusel et al. 2017).
-
-    m are means, S covariances. UserError where there are too few images for covariances of full rank.
-    """
-    if (fewest := min(len(a), len(b))) <= (D := a.shape[1]):
+    """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), features (n, D), (m, D); UserError if n, m <= D."""
+    if (fewest := min(len(a), len(b))) <= (D := a.shape[1]):  # then covariances S are not of full rank
         needs = f"a Frechet distance in {D} features takes at least {D + 1} images on either side"
         raise UserError(f"{needs}, and there are {fewest}: ask for more")
-    a, b = a.double(), b.double()
-    S_a, S_b = torch.cov(a.T), torch.cov(b.T)
+    (m_a, S_a), (m_b, S_b) = ((z.mean(0), torch.cov(z.T)) for z in (a.double(), b.double()))
     values, vectors = torch.linalg.eigh(S_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # S_a^(1/2)
     cross = torch.linalg.eigvalsh(root @ S_b @ root).clamp(min=0).sqrt().sum()  # eigenvalues of S_a S_b
-    squared = (a.mean(0) - b.mean(0)).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
-    return max(0.0, squared.item())
+    squared = (m_a - m_b).square().sum() + S_a.trace() + S_b.trace() - 2 * cross
+    return max(0.0, squared.item())  # Heusel et al. 2017
 
 
 def manifold_coverage(points: Tensor, cloud: Tensor, k: int = 3) -> float:

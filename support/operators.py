@@ -30,8 +30,7 @@ def jigsaw(size: int, pieces: int, seed: int) -> View:
     side, order = size // pieces, torch.randperm(pieces**2, generator=seeded_generator(seed))
 
     def rearrange(x: Tensor, order: Tensor) -> Tensor:
-        parts = F.unfold(x, side, stride=side)  # (B, C side^2, pieces^2)
-        return F.fold(parts[:, :, order.to(x.device)], size, side, stride=side)
+        return F.fold(F.unfold(x, side, stride=side)[:, :, order.to(x.device)], size, side, stride=side)
 
     return View(partial(rearrange, order=order), partial(rearrange, order=order.argsort()))
 

@@ -16,14 +16,10 @@ FONT = ImageFont.load_default()
 
 
 def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=()) -> Image.Image:
-    """Images in [-1, 1] (B, C, H, W) side by side, about square unless `columns` is given, under a caption.
-
-    Small images are enlarged by a whole number, so that their pixels can be seen. `rows` are written beside
-    the rows, `heads` above equal shares of the columns.
-    """
+    """Images in [-1, 1] (B, C, H, W) under a caption, `rows` beside them, `heads` above equal columns."""
     columns = columns or math.ceil(len(x) ** 0.5)
     height, width = x.shape[-2:]
-    zoom = max(1, round(64 / max(height, width)))
+    zoom = max(1, round(64 / max(height, width)))  # of small images, so that their pixels can be seen
     cell_w, cell_h = width * zoom + GAP, height * zoom + GAP
 
     def fits(width: int) -> bool:  # beside the rows, each of whose labels then takes no more than its row
@@ -48,8 +44,7 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
         write(texts, left + GAP + i * span, GAP + LINE * len(lines))
     for i, row in enumerate(rows):
         write(wrap(row, left - 4 * GAP), 2 * GAP, top + i * cell_h + GAP)
-    for i, picture in enumerate(to_pictures(x)):
-        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    for i, picture in enumerate(to_pictures(x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3))):
         grid.paste(picture, (left + GAP + i % columns * cell_w, top + i // columns * cell_h))
     return grid
 

@@ -75,9 +75,8 @@ def join_processes(device: torch.device) -> Processes:
             raise UserError(f"this PyTorch has no {backend}, which processes on {device.type} need{instead}")
     if not group.is_initialized():
         by = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        wait = timedelta(hours=2)  # for the first process, which decodes and draws previews
-        try:
-            group.init_process_group(by, timeout=wait)
+        try:  # two hours, for the first process decodes and draws previews
+            group.init_process_group(by, timeout=timedelta(hours=2))
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the processes could not meet: {first_line(error)}") from None
     return Processes(group.get_rank(), group.get_world_size())

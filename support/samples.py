@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,8 +29,7 @@ class Plan:
         self.output, self.batch_size, self.made_with = output, batch_size or 64, made_with
         self.processes, self.names = processes, names
         self.shape = (config["channels"], config["image_size"], config["image_size"])
-        samples = run_folder(output.checkpoint) / "samples"
-        self.folder = prepare_folders(samples, output.out, made_with)
+        self.folder = prepare_folders(run_folder(output.checkpoint) / "samples", output.out, made_with)
 
     def film(self, steps: Sequence[int]) -> Sequence[int]:
         """The steps that --animate shows, at most some sixty."""
@@ -65,19 +65,13 @@ class Plan:
             print("gif     ", quoted(gif))
 
     def draw_in_batches(self, draw: Callable, numbers: Sequence[int], suffix: str) -> list[torch.Tensor]:
-        """The images of those numbers that a grid shows, and with --animate frames of the first batch.
-
-        With --out all images go there, except those already there. Several processes take turns.
-        """
-
-        def path_of(number: int) -> Path:
-            return Path(self.output.out) / f"{number:05d}{suffix}.png"
-
+        """The images (N, C, H, W) that a grid shows, and frames of the first batch; --out gets all."""
         out, size, shown, frames, info = self.output.out, self.batch_size, [], [], PngInfo()
+        paths = {i: Path(out) / f"{i:05d}{suffix}.png" for i in numbers} if out else {}
         batches = [numbers[i : i + size] for i in range(0, len(numbers), size)]
         film_of = batches[0] if self.output.animate else None
         if out:  # whole batches, in any process: so an image is the same to the last bit
-            batches = [b for b in batches if b == film_of or not all(path_of(i).exists() for i in b)]
+            batches = [b for b in batches if b == film_of or not all(paths[i].exists() for i in b)]
         batches = self.processes.share(self.processes.broadcast(batches))  # others may have written some now
         info.add_text("made_with", self.made_with)
         with progress(f"sampling{suffix}", sum(map(len, batches))) as bar:
@@ -86,34 +80,27 @@ class Plan:
                 bar.update(sum(map(len, batches[:done])) - bar.n)
                 frames = [*film, x_0] if batch == film_of else frames
                 if out:
-                    for number, picture in zip(batch, to_pictures(x_0), strict=True):
-                        if not path_of(number).exists():
-                            save_picture(picture, path_of(number), pnginfo=info)
+                    for i, picture in zip(batch, to_pictures(x_0), strict=True):
+                        if not paths[i].exists():
+                            save_picture(picture, paths[i], pnginfo=info)
                 elif len(shown) * size < GRID_LIMIT:
                     shown.append(x_0)
         if out:
             self.processes.barrier()
-            files = [str(path_of(i)) for i in numbers[:GRID_LIMIT]]
-            shown = [read_images(files, self.shape[-1], self.shape[0])]
+            shown = [read_images([*map(str, paths.values())][:GRID_LIMIT], self.shape[-1], self.shape[0])]
         return [torch.cat(shown), *frames]
 
     def write_metadata(self, suffix: dict[float, str], batches: int) -> None:
         """metadata.jsonl: the condition of each image; `--dataset folder` reads it as captions."""
-        each, lines = self.output.sample, []
-        for scale, end in suffix.items():
-            for i in range(batches * each):
-                text = self.names[i % each % len(self.names)]
-                lines.append({"file_name": f"{i:05d}{end}.png", "text": text, "guidance_scale": scale})
         with replacing(Path(self.output.out) / "metadata.jsonl") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            for (scale, end), i in product(suffix.items(), range(batches * self.output.sample)):
+                text = self.names[i % self.output.sample % len(self.names)]
+                line = {"file_name": f"{i:05d}{end}.png", "text": text, "guidance_scale": scale}
+                file.write(f"{json.dumps(line)}\n".encode())
 
 
 def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str, heads: Sequence[str]):
-    """A grid with conditions as rows and a block of columns for each of x, (N, C, H, W) under a head.
-
-    Image i is of condition i modulo their number; one with many images takes several rows. Without names it
-    is a plain grid.
-    """
+    """A grid, its rows R names, image i that of i modulo R, with a block for each of x (N, C, H, W)."""
     if not names:
         return make_grid(x[0], caption)
     names = names[: len(x[0])]

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-COLOURS = {
-    **{"red": (230, 30, 30), "green": (20, 170, 40), "blue": (40, 70, 240)},
-    **{"yellow": (250, 220, 20), "purple": (150, 40, 190), "orange": (250, 135, 10)},
-}
+COLOURS = dict(red=(230, 30, 30), green=(20, 170, 40), blue=(40, 70, 240), yellow=(250, 220, 20))
+COLOURS |= dict(purple=(150, 40, 190), orange=(250, 135, 10))
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
 STAR = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate((1, 0.42) * 5)]
 SHAPES = {  # corners in units of the radius, y down; a circle has none
@@ -26,8 +24,7 @@ SHAPES = {  # corners in units of the radius, y down; a circle has none
 SIZES = {"small": (0.13, 0.15), "large": (0.2, 0.22)}  # smallest and largest radius, in units of the image
 # Pairs that no training image shows: prompts with them test whether the model combines colour and shape.
 HELD_OUT = set(dict(green="circle", yellow="square", orange="triangle", red="star", blue="cross").items())
-# Of two shapes, the side of the middle (right, down) on which the first one lies.
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # the first's side
 
 
 @dataclass(frozen=True)
@@ -61,21 +58,17 @@ class Scene:
 
 
 def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene:
-    """The scene of that seed and index; its shapes are drawn from `pairs` of colour and shape.
-
-    Half of the scenes have two shapes, side by side or one above the other. Captions leave out each size, the
-    place and the background one time in four, so that the model also learns short prompts.
-    """
+    """The scene of that seed and index; its one or two shapes are drawn from `pairs` of colour and shape."""
     rng = np.random.default_rng([seed, index])
 
-    def sometimes(text: str) -> str:
+    def sometimes(text: str) -> str:  # so that the model also learns short prompts
         return text if rng.random() < 0.75 else ""
 
     def between(low: float, high: float) -> float:
         return round(float(rng.uniform(low, high)), 4)
 
-    def shape_at(*sides: int) -> tuple[Shape, str]:
-        """A shape on that side (-1, 0 or 1) of the middle, right and down, and its description."""
+    def shape_at(*sides: int) -> tuple[tuple[Shape], str]:
+        """One shape, on that side (-1, 0 or 1) of the middle, right and down, and its description."""
         colour, shape = pairs[rng.integers(len(pairs))]
         size = ["small", "large"][rng.integers(2)]
         radius = between(*SIZES[size])
@@ -83,18 +76,17 @@ def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene
         x, y = (0.5 + side * between(near, far) if side else between(0.45, 0.55) for side in sides)
         description = f"{sometimes(size + ' ')}{colour} {shape}"
         article = "an" if description.startswith("orange") else "a"
-        return Shape(colour, shape, size, radius, (x, y)), f"{article} {description}"
+        return (Shape(colour, shape, size, radius, (x, y)),), f"{article} {description}"
 
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
     if rng.random() < 0.5:
         x, y = (int(side) for side in rng.integers(-1, 2, 2))
-        shape, text = shape_at(x, y)
+        shapes, text = shape_at(x, y)
         sides = [{-1: "top", 1: "bottom"}.get(y), {-1: "left", 1: "right"}.get(x)]
         text += sometimes(f" at the {' '.join(filter(None, sides))}" if x or y else " in the middle")
-        shapes = (shape,)
     else:
         relation, (x, y) = list(RELATIONS.items())[rng.integers(len(RELATIONS))]
         (first, text), (second, text_2) = shape_at(x, y), shape_at(-x, -y)
         text += f" {sometimes(relation) or 'and'} {text_2}"
-        shapes = (first, second)
+        shapes = first + second
     return Scene(shapes, background, text + sometimes(f" on {background}"))

@@ -19,6 +19,8 @@ from typing import NoReturn
 
 from .errors import UserError
 
+WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
+PLAIN = {"formatter_class": WIDE, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
 OURS = ("of", "resume", "sample", "default")  # what of a field's metadata is not argparse's
 
 
@@ -56,19 +58,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-WIDE = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120)
-PLAIN = {"formatter_class": WIDE, "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-
-
 def add_settings(parser: Parser, groups: dict[str, type]) -> None:
     """Add a flag for each field of the dataclasses, {title: dataclass}, with its default in its help."""
     for title, group in groups.items():
         add = parser.add_argument_group(title).add_argument
         for name, row in ((row.name, row.metadata) for row in fields(group)):
             options, default = {key: value for key, value in row.items() if key not in OURS}, row["default"]
-            owners = [choice.split("=") for choice in row["of"] if not choice.startswith("task=diffusion")]
-            belongs = [f"--{owner} {name}: " for owner, name in owners]
-            options["help"] = "".join(belongs or ["--sample: "] * (row.get("sample") == "only")) + row["help"]
+            whose = [f"--{of}: ".replace("=", " ") for of in row["of"] if not of.startswith("task=diffusion")]
+            options["help"] = "".join(whose or ["--sample: "] * (row.get("sample") == "only")) + row["help"]
             if default is False:
                 options["action"] = "store_true"
             elif default is not None and "(default" not in options["help"]:
@@ -133,10 +130,9 @@ class Command:
             if sampling and not row.get("sample"):
                 raise UserError(f"{typed} comes from the checkpoint when sampling: leave it out")
             for choice in row["of"] if owners else ():
-                owner, _, wanted = choice.partition("=")  # wanted may name several, with slashes between them
-                if owner in self.rows and str(self[owner]) not in wanted.split("/"):
-                    belongs = f"{typed} belongs to {flag(owner)} {wanted.split('/')[0]}"
-                    raise UserError(f"{belongs}: add that, or leave it out")
+                owner, *valid = choice.replace("=", "/").split("/")  # of owner=one, or owner=one/other
+                if owner in self.rows and str(self[owner]) not in valid:
+                    raise UserError(f"{typed} belongs to {flag(owner)} {valid[0]}: add that, or leave it out")
 
     def take_from(self, config: dict, free: set[str] | None = None) -> None:
         """Take the settings of a run, but for those typed among `free`; UserError for another one typed."""
@@ -157,8 +153,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            value = kind(text)
-            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+            if low <= (value := kind(text)) <= high and math.isfinite(value) and not (above and value == low):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r}: expected {name} {span}")
 

@@ -87,8 +87,7 @@ def find_labels(parts: Sequence[str], class_names: Sequence[str]) -> list[int]:
     names, found = [", ".join(part.strip() for part in name.split(",")) for name in class_names], []
     lower = {name.lower() for name in names}
     while parts:
-        most = range(len(parts), 1, -1)
-        taken = next((n for n in most if ", ".join(parts[:n]).lower() in lower), 1)
+        taken = next((n for n in range(len(parts), 1, -1) if ", ".join(parts[:n]).lower() in lower), 1)
         found.append(find_label(", ".join(parts[:taken]), names))
         parts = parts[taken:]
     return found
@@ -124,10 +123,7 @@ def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
 
 
 def conditions(path: str, config: dict, wanted: ConditionSettings) -> tuple[list[str], Tensor]:
-    """The conditions of --labels or --prompt, else every class, or the captions of the model's previews.
-
-    Returns R names and y (R, ...); UserError if the model can't take them.
-    """
+    """R names and y (R, ...) of --labels or --prompt, else of all classes or `examples`; else UserError."""
     labels, prompt, names = wanted.labels, wanted.prompt, config["class_names"]
     if config.get("condition") == "text":
         if labels:

@@ -25,14 +25,13 @@ CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the
 SAVE_SECONDS = 600  # within a long epoch, save this often
 MACHINE, LOG = MachineSettings(), ("step", "loss", "lr", "images_per_second", "seconds")
 BATCH, QUARTER = "default: by image size; with --sample 64", "default: a quarter of the run"
+EPOCHS = "default: by data set and task, 5 to 80"
 RECOMPUTE = "compute activations again in the backward pass: less memory, a third more time"
 
 
 @settings()
 class TrainingSettings:
-    epochs: int | None = setting(
-        None, "passes over the data (default: by data set and task, 5 to 80)", "N", COUNT, resume=True
-    )
+    epochs: int | None = setting(None, f"passes over the data ({EPOCHS})", "N", COUNT, resume=True)
     batch_size: int | None = setting(None, f"images at once ({BATCH})", "N", COUNT, sample=True)
     lr: float | None = setting(None, "peak learning rate of AdamW (default: by image size)", "RATE", POSITIVE)
     warmup: int = setting(200, "steps of linear warm-up, at most a tenth of the run", "STEPS", whole(0))
@@ -49,13 +48,11 @@ class Trainer:
     """Batches to take a loss of, and gradient steps.
 
         for x_0, y, generator in trainer:
-            loss = loss_fn(trainer.net, x_0, y, generator)
-            trainer.step(loss)
+            trainer.step(loss_fn(trainer.net, x_0, y, generator))
 
     Between two batches it saves, logs, draws previews by `preview(averaged network, epoch)`, and stops after
-    a signal (Stopped) or where the loss is not finite (UserError; the last good checkpoint stays).
-    `average(net, decay)` makes `ema`, the averaged weights; the folder `run` gets log.csv and ckpt.pt, with
-    the entries of `keep` in it. Of the loader's processes only the first one writes.
+    a signal (Stopped) or where the loss is not finite (UserError). `average(net, decay)` makes the averaged
+    weights, `ema`; the first process writes log.csv and ckpt.pt, with the entries of `keep`, to `run`.
     """
 
     def __init__(self, net, average, loader: Loader, run: Path, settings, machine=MACHINE, preview=None):
@@ -65,6 +62,7 @@ class Trainer:
         device, self.lr = loader.device, settings.lr or 2e-4
         options = {"weight_decay": settings.weight_decay, "fused": device.type != "mps"}
         self.optimizer = torch.optim.AdamW(net.parameters(), self.lr, **options)
+        self.parts = {"net": net, "ema": self.ema.net, "optimizer": self.optimizer}  # of a checkpoint
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
@@ -115,10 +113,7 @@ class Trainer:
                 self.after_epoch(epoch, stop.is_set())
 
     def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
-        """This process's share of a batch of `batch` images, in --accumulate parts.
-
-        The generator of each part draws for the whole batch: the noise of an image depends on neither.
-        """
+        """This process's share of a batch of `batch` images, in --accumulate parts; neither changes draws."""
         total, count = self.settings.epochs * self.loader.batches, self.processes.count
         warmup = min(self.settings.warmup, total // 10)
         rate = self.lr * (self.steps + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
@@ -215,12 +210,10 @@ class Trainer:
             return
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         rng = {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()}
-        parts = {"net": self.weights, "ema": self.ema.net, "optimizer": self.optimizer}
         place = {"epoch": self.steps // self.loader.batches, "step": self.steps, "loss_sum": self.loss_sum}
-        place["log"] = self.rows  # log.csv is written after ckpt.pt, and may be open in a spreadsheet
-        state = {name: part.state_dict() for name, part in parts.items()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
         path, buffer = self.run / "ckpt.pt", io.BytesIO()  # torch.save to a full disk may abort the process
-        torch.save({**self.keep, **state, **place, "rng": rng}, buffer)
+        torch.save({**self.keep, **state, **place, "log": self.rows, "rng": rng}, buffer)  # log.csv may lag
         try:
             with replacing(path) as file:
                 file.write(buffer.getbuffer())
@@ -234,9 +227,8 @@ class Trainer:
     def resume(self, checkpoint: dict) -> None:
         """Go on where a checkpoint was saved, bit for bit on the CPU; UserError where it does not fit."""
         try:
-            self.weights.load_state_dict(checkpoint["net"])
-            self.ema.net.load_state_dict(checkpoint["ema"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint[name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint does not fit this network: {first_line(error)}") from None
         rng = checkpoint["rng"]
