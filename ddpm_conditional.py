@@ -221,7 +221,7 @@ def classification(command: Command, data: utils.Data, device: torch.device) -> 
     held_out, trained_on = hold_out(len(data.images), seed, "a classifier")
     x_0, y, log = to_x_0(data.images[held_out]), data.labels[held_out], []  # rows of accuracy.csv
     space, latents = ddpm.latent_space(command, data, device) if config["latent"] else (Pixels(()), None)
-    x_0, latents = space.encode(x_0).cpu(), latents and latents._replace(z=latents.z[trained_on])
+    x_0, latents = space.encode(x_0).cpu(), latents and (latents[0][trained_on], latents[1])
 
     def preview(net, epoch: int, path: Path) -> None:
         found = measure_accuracy(diffusion, net, x_0, y, launch.at_once(config), seed, device)

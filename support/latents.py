@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +31,6 @@ class LatentSettings:
     latent_channels: int | None = setting(None, "channels of latents (default: 4)", "N", COUNT, of=OWN)
 
 
-class Encoded(NamedTuple):
-    """Latents of a data set, float16 (N, 1 or 2, c, h, w), and their autoencoder: config, weights, scale."""
-
-    z: Tensor
-    autoencoder: dict
-
-
 def settle_latent(command: Command) -> None:
     """Take from --latent the shape of its latents, and its data unless another --dataset was typed."""
     theirs = load_checkpoint(command["latent"], "autoencoder")["config"]
@@ -53,8 +45,7 @@ def settle_levels(command: Command) -> int:
     factor = command["downsampling"] or 2 ** (levels - 1)
     if factor != 2 ** (levels - 1) or factor not in (2, 4, 8):
         raise UserError("an autoencoder that halves images n times takes n + 1 --multipliers, 2 to 4 of them")
-    channels = command["latent_channels"] or 4
-    command.settle({"downsampling": factor, "latent_channels": channels}, typed=True)
+    command.settle({"downsampling": factor, "latent_channels": command["latent_channels"] or 4}, typed=True)
     return factor
 
 
@@ -75,11 +66,9 @@ def load_autoencoder(command: Command, shape) -> dict:
     return {"config": config, "weights": theirs["ema"], "scale": 1.0}
 
 
-def encoded(space, images: Tensor, part: dict, command: Command) -> Encoded:
-    """Latents of all images (N, C, H, W) uint8, and with --flip of their mirror images.
-
-    In a new run the scale of the `space` is measured: that which makes the variance of all values 1.
-    """
+def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor, dict]:
+    """Latents float16 (N, 1, c, h, w) of uint8 images (N, C, H, W), or with --flip (N, 2, c, h, w), also of
+    their mirror images; and the autoencoder, with the scale, measured in a new run, for a variance of 1."""
     key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
     for name, weight in sorted(part["weights"].items()):
         key.update(f"{name} {digest(weight)}".encode())
@@ -106,7 +95,7 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> Encoded:
         variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
         part["scale"] = max(variance.item(), 1e-12) ** -0.5
     space.scale = part["scale"]
-    return Encoded(z, part)
+    return z, part
 
 
 class Reconstructions:

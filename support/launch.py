@@ -14,7 +14,7 @@ from torch import Tensor
 from . import runs
 from .errors import UserError, note
 from .files import digest, quoted
-from .latents import Encoded, Reconstructions, settle_levels
+from .latents import Reconstructions, settle_levels
 from .loader import Loader
 from .machine import MachineSettings, get_device, to_device
 from .processes import join_processes
@@ -34,7 +34,7 @@ class Task:
     images: Tensor  # (N, C, H, W) uint8
     y: Tensor | None = None  # (N, ...) labels, or captions as tokens
     keep: dict = field(default_factory=dict)  # further entries of the checkpoint
-    latents: Encoded | None = None  # what an autoencoder makes of the images, to be trained on
+    latents: tuple | None = None  # to train on instead: what an autoencoder makes of the images, and that
     tested: Reconstructions | None = None  # what is measured after each epoch, for log.csv
     use: Sequence[object] = ("--sample", 64, "--checkpoint")  # flags that use the run when it is done
     used_by: str | None = None  # the script that they are flags of, if not the one that trains
@@ -122,12 +122,10 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     config, net = command.config(), to_device(task.net, device)
     known = digest(task.images) + ("" if task.y is None else digest(task.y))
     keep = {"config": config, "class_names": data.class_names, "data": known, **task.keep}
-    flip, batch_size, images, scale = command["flip"], training.batch_size, task.images, 1.0
-    if task.latents:
-        images, keep["autoencoder"] = task.latents
-        scale = keep["autoencoder"]["scale"]
-    loader = Loader(images, batch_size, device, task.y, flip, machine.seed, processes)
-    loader.scale = scale
+    images, part = task.latents or (task.images, None)
+    loader = Loader(images, training.batch_size, device, task.y, command["flip"], machine.seed, processes)
+    if part:
+        keep["autoencoder"], loader.scale = part, part["scale"]
     wanted = Path(place.runs) / (place.name or f"{task.kind}_{dataset}")
     if resume:
         wanted = runs.checkpoint_file(place.resume).parent

@@ -49,13 +49,12 @@ class Loader:
         for images, mirror, *y in slices if self.resident else ahead(slices):
             images, mirror = (part.to(self.device, non_blocking=True) for part in (images, mirror))
             if images.ndim == 5:
-                which = torch.arange(len(images), device=self.device), mirror.long() * self.flip
-                yield images[which].float() * self.scale, y[0].to(self.device) if y else None
-                continue
-            x_0 = to_x_0(images)
+                x_0, other = (images[:, which].float() * self.scale for which in (0, -1))
+            else:
+                x_0 = to_x_0(images)
+                other = x_0.flip(-1)
             if self.flip:
-                mirror = mirror[:, None, None, None]
-                x_0 = torch.where(mirror, x_0.flip(-1), x_0)
+                x_0 = torch.where(mirror[:, None, None, None], other, x_0)
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 
     def shuffled(self, generator: torch.Generator) -> Tensor:

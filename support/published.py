@@ -34,10 +34,7 @@ UNET = {  # config.json, besides the fields of which several values are right: s
 NETWORKS = {
     "ddpm": UNET,
     "ldm": {**UNET, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
-    "vqvae": {
-        **{"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group", "mid_block_add_attention": True},
-        **{"lookup_from_codebook": False},
-    },
+    "vqvae": dict(_class_name="VQModel", act_fn="silu", norm_type="group", mid_block_add_attention=True),
 }
 DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a variance near 1: LDM, appendix G
     "ddpm": {"norm_num_groups": 32, "norm_eps": 1e-6},
@@ -87,8 +84,7 @@ def network_fields(config: dict, what: str) -> Iterator[tuple[str, object]]:
     right = isinstance(kinds, list) and all(kind in (plain, other) for kind in kinds)
     right = right and len(kinds) == levels and kinds[0] == plain
     yield "down_block_types", kinds if right else f"{plain}, then [Attn]DownBlock2D a level"
-    ups = [kind.replace("Down", "Up").replace("Encoder", "Decoder") for kind in kinds[::-1]]
-    yield "up_block_types", ups
+    yield "up_block_types", [kind.replace("Down", "Up").replace("Enc", "Dec") for kind in kinds[::-1]]
     attended = {widths[level] for level in (*attention_levels(config), -1)}
     right = is_count(head) and (attended == {head} or (what == "ldm" and not any(w % head for w in attended)))
     yield "attention_head_dim", head if right else None  # a DDPM has one head
@@ -159,8 +155,8 @@ def read_autoencoder(pipeline: Path, unet: dict) -> dict:
     """The settings that vqvae/ adds to those of the UNet of a latent diffusion model, and its weights."""
     file = published_file(pipeline / "vqvae")
     if file is None:
-        whole = os.path.abspath(pipeline)
-        raise UserError(f"{whole} is a latent diffusion model, and lacks vqvae/ or weights in it: get it")
+        whole = f"{os.path.abspath(pipeline)} is a latent diffusion model"
+        raise UserError(f"{whole}, and lacks vqvae/ or weights in it: get it")
     path = file.parent / "config.json"
     own = read_config(path, read_json(path, "weights need the config.json of their network"), "vqvae")
     channels, size = own["latent_channels"], unet["image_size"] * 2 ** (len(own["multipliers"]) - 1)

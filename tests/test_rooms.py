@@ -15,11 +15,11 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 BOUNDS = {  # lines, as wc -l counts them
-    **{"ddpm.py": 560, "ddpm_conditional.py": 380, "modules.py": 430, "utils.py": 380},
-    **{"analysis.py": 1150, "edit.py": 700, "README.md": 200},
+    **{"ddpm.py": 600, "ddpm_conditional.py": 395, "modules.py": 520, "utils.py": 380},
+    **{"analysis.py": 1190, "edit.py": 700, "README.md": 200},
 }
 MENDED = 330  # lines that other people's bug reports took, all of them in support (tests/test_reports.py)
-SUPPORT, SUPPORT_FILE, ALL = 2600 + MENDED, 450, 6100 + MENDED
+SUPPORT, SUPPORT_FILE, ALL = 2750 + MENDED, 450, 6435 + MENDED  # 335 of them for latent diffusion
 LONGEST, MOST_PARAMETERS = 60, 8
 MAY_IMPORT = {  # of the project, besides support; nobody imports analysis or edit
     "utils": set(),
