@@ -360,7 +360,7 @@ class Autoencoder(UNet):
 
     timed = skipped = False
 
-    def __init__(self, latent_channels: int, *encoder, **more):
+    def __init__(self, latent_channels: int = 4, *encoder, **more):
         super().__init__(*encoder, **more)
         c, self.latent_channels = self.skip_channels[-1], latent_channels
         self.norm_z, self.conv_z = group_norm(c), init_layer(nn.Conv2d(c, 2 * latent_channels, 3, padding=1))

@@ -46,7 +46,8 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
     if checkpoint["kind"] not in kinds:
-        needed = " or ".join([f"a {kinds[0]!r} one is needed here", *map(repr, kinds[1:])])
+        one = f"{'an' if kinds[0] == 'autoencoder' else 'a'} {kinds[0]!r} one is needed here"
+        needed = " or ".join([one, *map(repr, kinds[1:])])
         used_by = "; ddpm_conditional.py samples it" if checkpoint["kind"] == "ddpm_conditional" else ""
         raise UserError(f"{path} is a checkpoint of kind {checkpoint['kind']!r}; {needed}{used_by}")
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]

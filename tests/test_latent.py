@@ -220,9 +220,9 @@ def test_an_autoencoder_is_measured_on_images_kept_back(runs, monkeypatch):
 
 
 def test_more_training_reconstructs_better(cli, tmp_path):
-    """After 15 epochs held-out digits are nearer than their mean image is, by far."""
+    """Held-out digits are reconstructed far better than by any one image, and better each time."""
     flags = without(without(AUTOENCODER, "--limit"), "--epochs")
-    assert cli(*flags, "--limit", 400, "--epochs", 15).code == 0
+    assert cli(*flags, "--limit", 300, "--epochs", 10).code == 0
     rows = rows_of(tmp_path / "runs/autoencoder_digits/log.csv")
     assert float(rows[-1]["psnr"]) > 20 and float(rows[-1]["psnr"]) > float(rows[0]["psnr"]) + 3
     assert float(rows[-1]["ssim"]) > 0.9
@@ -324,7 +324,7 @@ def test_studies_take_latent_runs(runs, script, study, monkeypatch):
     flags = {"score": ("--point-epochs", 1, "--langevin-levels", 2, "--inner", 1)}.get(study, ())
     flags += ("--per-label", 2, "--labels", "1,2") if study == "guidance" else ()
     if study == "report":
-        fast = ("noise", "denoise", "losses", "report")
+        fast = ("denoise", "losses", "report")
         monkeypatch.setattr(analysis, "STUDIES", {name: analysis.STUDIES[name] for name in fast})
     result = script(analysis, study, run, *flags, "--device", "cpu")
     assert result.code == 0 and "left out" not in result.err, result.err

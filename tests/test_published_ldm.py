@@ -5,10 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import error_line
+from PIL import Image
 from record_published import LDM, NARROW_LDM, RECORDED_LDM, TIMES, seeded_input, seeded_weights
 from test_published import publish, with_old_names
 
+import analysis
 import ddpm
+import edit
 from modules import make_network
 from support.published import read_config, renamed
 
@@ -79,3 +83,80 @@ def test_the_published_size_has_the_published_weights(tmp_path, recorded, part):
     if part == "unet":
         heads = {module.heads for module in net.modules() if hasattr(module, "heads")}
         assert heads == {14, 21, 28}  # of 32 channels each
+
+
+SAMPLE = ("--sample", 2, "--sample-steps", 2, "--device", "cpu", "--checkpoint")
+
+
+def test_it_is_sampled_and_studied_as_other_weights_are(tmp_path, cli, script, ldm):
+    before = sorted(ldm.rglob("*"))
+    result = cli(*SAMPLE, ldm, "--out", "out")
+    assert result.code == 0 and Image.open("out/00001.png").size == (64, 64), result.err
+    assert (tmp_path / "runs/ldm-celebahq-256/samples/ddim_2_seed0.png").is_file()
+    Image.effect_noise((80, 70), 90).convert("RGB").save("photo.png")
+    flags = "--image photo.png --levels 50,500 --draws 2 --sample-steps 2 --device cpu".split()
+    result = script(analysis, "noise", "--checkpoint", ldm, *flags)
+    assert result.code == 0 and "high frequencies lost" in result.out, result.err
+    result = script(edit, "sdedit", "--checkpoint", ldm, "--image", "photo.png", "--i-start", 30)
+    assert result.code == 0, result.err
+    assert sorted(ldm.rglob("*")) == before
+
+
+def test_the_unet_alone_finds_its_pipeline(ldm):
+    whole, part = (ddpm.load_network(path)[2] for path in (ldm, ldm / "unet"))
+    assert whole["space"].shape == part["space"].shape == (3, 16, 16) and whole["name"] == part["name"]
+
+
+def test_a_scaling_factor_is_used_where_there_is_one(tmp_path):
+    """x_0 = factor z, as the reference multiplies and divides by it."""
+    scaled = {**NARROW_LDM, "vqvae": {**NARROW_LDM["vqvae"], "scaling_factor": 0.25}}
+    spaces = [
+        ddpm.load_network(publish_ldm(tmp_path / name, configs=configs))[2]["space"]
+        for name, configs in (("plain", NARROW_LDM), ("scaled", scaled))
+    ]
+    x = seeded_input(64).clamp(-1, 1)
+    z, quarter = (space.encode(x) for space in spaces)
+    assert torch.allclose(z, 4 * quarter) and spaces[0].scale == 1
+    assert torch.equal(spaces[0].decode(z), spaces[1].decode(quarter))
+
+
+@pytest.mark.parametrize("part", ["unet", "vqvae", "scheduler"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_missing_part_is_named(ldm, cli, part, whole):
+    for file in (ldm / part).iterdir():
+        if whole or file.suffix != ".json" or part == "scheduler":
+            file.unlink()
+    if whole:
+        (ldm / part).rmdir()
+    assert part in error_line(cli(*SAMPLE, ldm))
+
+
+@pytest.mark.parametrize(
+    "part, field, value",
+    [
+        ("unet", "flip_sin_to_cos", False),
+        ("unet", "freq_shift", 1),
+        ("unet", "downsample_padding", 0),
+        ("unet", "attention_head_dim", 24),
+        ("unet", "in_channels", 4),
+        ("vqvae", "latent_channels", 4),
+        ("vqvae", "num_vq_embeddings", None),
+        ("vqvae", "scaling_factor", 0),
+        ("vqvae", "vq_embed_dim", 8),
+        ("vqvae", "down_block_types", ["AttnDownEncoderBlock2D"] * 3),
+        ("vqvae", "norm_type", "spatial"),
+        ("scheduler", "beta_schedule", "linear"),
+        ("scheduler", "beta_start", 0.001),
+        ("scheduler", "prediction_type", "v_prediction"),
+    ],
+)
+def test_another_model_is_refused_by_the_name_of_the_field(ldm, cli, part, field, value):
+    file = ldm / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps({**NARROW_LDM[part], field: value}))
+    line = error_line(cli(*SAMPLE, ldm))
+    assert part in line and (field in line or "channels" in line)
+
+
+def test_a_schedule_that_is_left_out_is_that_of_ddpms_and_refused(ldm, cli):
+    (ldm / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    assert "beta_schedule" in error_line(cli(*SAMPLE, ldm))
