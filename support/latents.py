@@ -82,10 +82,9 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor
 
     def chunks() -> Iterator[tuple[np.ndarray, range]]:
         with progress("encoding", len(images)) as bar:
-            for start in range(0, len(images), AT_ONCE):
-                z = code(images[start : start + AT_ONCE])
-                bar.update(len(z))
-                yield z, range(start, start + len(z))
+            for part in torch.arange(len(images)).split(AT_ONCE):
+                yield code(images[part]), part.tolist()
+                bar.update(len(part))
 
     cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"
     shape = (len(images), *code(images[:1]).shape[1:])
@@ -101,7 +100,7 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor
 class Reconstructions:
     """Held-out images (N, C, H, W) uint8, of which up to 256 are measured and 32 shown, `at_once` at once."""
 
-    columns = ("psnr", "ssim")  # of log.csv: means, the PSNR in dB
+    columns, found = ("psnr", "ssim"), None  # of log.csv (means, PSNR in dB), and in the last epoch
 
     def __init__(self, images: Tensor, config: dict, at_once: int, device):
         self.x, self.config, self.at_once, self.device = to_x_0(images[:256]), config, at_once, device
@@ -114,11 +113,13 @@ class Reconstructions:
 
     def measure(self, net) -> tuple[str, str]:
         x = self(net, self.x)
-        return f"{psnr(x, self.x).mean():.2f}", f"{ssim(x, self.x).mean():.4f}"
+        self.found = f"{psnr(x, self.x).mean():.2f}", f"{ssim(x, self.x).mean():.4f}"
+        return self.found
 
     def preview(self, net, epoch: int, path: Path) -> None:
-        of = "PSNR {} dB, SSIM {}".format(*self.measure(net)) + f" on {len(self.x)} held-out images"
+        of = "PSNR {} dB, SSIM {}".format(*(self.found or self.measure(net)))
+        of += f" on {len(self.x)} held-out images"
         tqdm.write(f"epoch {epoch}: {of}")
-        x, caption = self.x[:32], f"{self.config['dataset']}, epoch {epoch}: {of}"
-        pairs = torch.stack([x, self(net, x)], 1).flatten(0, 1)
-        save_picture(make_grid(pairs, caption, 8, heads=["image", "reconstruction"] * 4), path)
+        pairs = torch.stack([self.x[:32], self(net, self.x[:32])], 1).flatten(0, 1)
+        caption, heads = f"{self.config['dataset']}, epoch {epoch}: {of}", ["image", "reconstruction"] * 4
+        save_picture(make_grid(pairs, caption, 8, heads=heads), path)

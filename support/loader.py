@@ -23,11 +23,9 @@ class Loader:
     (N, 1 or 2, c, h, w), of images and their mirror images, are multiplied by `scale`.
     """
 
-    scale = 1.0
-
     def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
         self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
-        self.processes = processes or Processes()
+        self.processes, self.scale = processes or Processes(), 1.0
         # A set that fits is kept on the network's device; a larger one is sent there batch by batch.
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 8e9
         self.resident = self.device.type == "cpu" or images.numel() <= free / 2
