@@ -586,8 +586,8 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"epochs": 5, "preview_every": 1} if command["task"] == "denoiser" else {}  # as in CS180
-        command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
+        own = {"denoiser": {"epochs": 5, "preview_every": 1}, "autoencoder": {"epochs": 10}}  # 5 as in CS180
+        command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["task"], {})})
     command.check(owners=not command["resume"])
     if command["sample"] is not None:
         run_sampling(command)

@@ -57,10 +57,10 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
     return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
-def default_autoencoder(downsampling: int) -> dict:
+def default_autoencoder(image_size: int, downsampling: int) -> dict:
     """The same for an autoencoder whose latents have one value for so many pixels along a side."""
-    multipliers = [1, 3, 6, 8][: downsampling.bit_length()]
-    return dict(width=16, multipliers=multipliers, blocks=1, attention=[], batch_size=8, lr=2e-3)
+    multipliers, batch_size = [1, 3, 6, 8][: downsampling.bit_length()], 8 if image_size > 32 else 32
+    return dict(width=16, multipliers=multipliers, blocks=1, attention=[], batch_size=batch_size, lr=2e-3)
 
 
 def at_once(config: dict) -> int:
@@ -75,7 +75,7 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
     data = None if options["image_size"] else load()
     size, multipliers = options["image_size"] or data.images.shape[-1], command["multipliers"]
     if command["task"] == "autoencoder":
-        factor, defaults = 1, default_autoencoder(settle_levels(command))
+        factor, defaults = 1, default_autoencoder(size, settle_levels(command))
     else:
         factor = command["downsampling"] if command["latent"] else 1
         defaults = default_network(size // factor, narrow)
