@@ -68,8 +68,8 @@ def joined(chunks: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
 
 def decoded(images: Pictures, cache_file: Path, size: int, channels: int, workers: int) -> tuple:
     """The images that can be read, (M, C, size, size) uint8, and their positions (M,), as in `cached`."""
-    make = partial(decode, images, size, channels, workers)
-    return cached(cache_file, (len(images), channels, size, size), make)
+    shape = (len(images), channels, size, size)
+    return cached(cache_file, shape, lambda: decode(images, size, channels, workers))
 
 
 def cached(cache_file: Path, shape: tuple[int, ...], make: Callable, dtype=np.uint8) -> tuple:
