@@ -27,10 +27,9 @@ def ssim(x: Tensor, x_0: Tensor) -> Tensor:
     """Structural similarity of each pair of images, (B, C, H, W) twice -> (B,) (Wang et al. 2004, eq. 13)."""
     x, x_0 = ((z.double() + 1) / 2 for z in (x, x_0))  # in [0, 1], so L = 1 in c_1 and c_2
     width = min(11, (min(x.shape[-2:]) - 1) // 2 * 2 + 1)  # of the window: 11 pixels, or what fits the image
-    blur = partial(gaussian_blur, kernel_size=[width, width], sigma=[1.5, 1.5])
-    mean_x, mean_0 = blur(x), blur(x_0)
-    var_x, var_0 = blur(x * x) - mean_x**2, blur(x_0 * x_0) - mean_0**2
-    cov, c_1, c_2 = blur(x * x_0) - mean_x * mean_0, 0.01**2, 0.03**2
+    row, column = (partial(gaussian_blur, kernel_size=k, sigma=[1.5, 1.5]) for k in ([width, 1], [1, width]))
+    mean_x, mean_0, xx, oo, xo = (row(column(z)) for z in (x, x_0, x * x, x_0 * x_0, x * x_0))
+    var_x, var_0, cov, c_1, c_2 = xx - mean_x**2, oo - mean_0**2, xo - mean_x * mean_0, 0.01**2, 0.03**2
     above = (2 * mean_x * mean_0 + c_1) * (2 * cov + c_2)
     below = (mean_x**2 + mean_0**2 + c_1) * (var_x + var_0 + c_2)
     return (above / below).mean((1, 2, 3))
