@@ -570,10 +570,12 @@ def forward(settings: Settings) -> Result:
 
 # 4. Weights ------------------------------------------------------------------------------------------------
 def ho_weights(diffusion: Diffusion) -> Tensor:
-    """L_simple's weight of each VLB term: DDPM, eq. 12, with sigma_t^2 = beta_t, without the 2; (T,)."""
+    """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,).
+
+    DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022)."""
     alpha_bar = diffusion.alpha_bar
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
-    return (1 - beta) * (1 - alpha_bar[1:]) / beta  # lambda_t (P2, Choi et al. 2022)
+    return (1 - beta) * (1 - alpha_bar[1:]) / beta
 
 
 def continuous_weights(diffusion: Diffusion) -> Tensor:

@@ -121,7 +121,7 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """
     path, pipeline, noise = file.parent / "config.json", file.parent / "..", NOISE
     theirs = read_json(path, "weights need the config.json that was published with them")
-    inside = file.parent.name == "unet"
+    inside = os.path.basename(os.path.abspath(file.parent)) == "unet"
     latent = inside and ((pipeline / "vqvae").is_dir() or theirs.get("flip_sin_to_cos"))
     config, part = read_config(path, theirs, "ldm" if latent else "ddpm"), {}
     if latent:
@@ -176,11 +176,9 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     check_fields(path, theirs, network_fields(theirs, what))
     widths, size, codes = (theirs.get(n) for n in ("block_out_channels", "sample_size", "num_vq_embeddings"))
     form = {"head_dim": theirs.get("attention_head_dim"), "cosines": True, "shift": 0, "padding": 1}
+    kind = "published_autoencoder" if what == "vqvae" else "published"
     return {
-        **{
-            "kind": "published_autoencoder" if codes else "published",
-            "form": form if what == "ldm" else None,
-        },
+        **{"kind": kind, "form": form if what == "ldm" else None},
         **{"name": published_name(path.parent), "dataset": None, "class_names": None, "codes": codes},
         **{"latent_channels": theirs.get("latent_channels"), "scale": theirs.get("scaling_factor")},
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},

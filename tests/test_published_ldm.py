@@ -102,9 +102,11 @@ def test_it_is_sampled_and_studied_as_other_weights_are(tmp_path, cli, script, l
     assert sorted(ldm.rglob("*")) == before
 
 
-def test_the_unet_alone_finds_its_pipeline(ldm):
-    whole, part = (ddpm.load_network(path)[2] for path in (ldm, ldm / "unet"))
-    assert whole["space"].shape == part["space"].shape == (3, 16, 16) and whole["name"] == part["name"]
+def test_the_unet_alone_finds_its_pipeline(ldm, monkeypatch):
+    monkeypatch.chdir(ldm / "unet")
+    whole, part, here = (ddpm.load_network(path)[2] for path in (ldm, ldm / "unet", "."))
+    assert whole["space"].shape == part["space"].shape == here["space"].shape == (3, 16, 16)
+    assert whole["name"] == part["name"] == here["name"] == "ldm-celebahq-256"
 
 
 def test_a_scaling_factor_is_used_where_there_is_one(tmp_path):
