@@ -121,5 +121,5 @@ class Reconstructions:
         of += f" on {len(self.x)} held-out images"
         tqdm.write(f"epoch {epoch}: {of}")
         pairs = torch.stack([self.x[:32], self(net, self.x[:32])], 1).flatten(0, 1)
-        caption, heads = f"{self.config['dataset']}, epoch {epoch}: {of}", ["image", "reconstruction"] * 4
+        caption, heads = f"{self.config['dataset']}, epoch {epoch}: {of}", ["image", "D(E(x))"] * 4
         save_picture(make_grid(pairs, caption, 8, heads=heads), path)
