@@ -133,7 +133,7 @@ class Model:
         return self.config["space"]
 
     def clipped(self, eps_theta, diffusion: Diffusion | None = None):
-        """The denoiser with its x_0 clipped; one of latents as it is."""
+        """The denoiser with its x_0 clipped to [-1, 1]; latents are not clipped."""
         return eps_theta if self.config.get("latent") else clip_x_0(diffusion or self.diffusion, eps_theta)
 
     def eps_theta(self, numbers: Tensor | None = None):
@@ -572,7 +572,8 @@ def forward(settings: Settings) -> Result:
 def ho_weights(diffusion: Diffusion) -> Tensor:
     """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,).
 
-    DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022)."""
+    DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022).
+    """
     alpha_bar = diffusion.alpha_bar
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
     return (1 - beta) * (1 - alpha_bar[1:]) / beta

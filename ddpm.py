@@ -390,7 +390,7 @@ def sample(diffusion, eps_theta, numbers, shape, settings: SamplerSettings, seed
 def unconditional(command: Command, data: utils.Data, device: torch.device) -> Task:
     """A UNet that learns to denoise the images; previews always start from the same noise."""
     config, shape = command.config(), tuple(data.images.shape[1:])
-    space, z = latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
+    space, latents = latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
     diffusion = make_diffusion(config)
     settings = settle_sampler(command, config, diffusion.T)
     numbers = torch.arange(64 if shape[-1] <= 32 else 16).split(launch.at_once(config))
@@ -400,24 +400,24 @@ def unconditional(command: Command, data: utils.Data, device: torch.device) -> T
         x = [space.decode(sample(diffusion, eps_theta, part.tolist(), *how)) for part in numbers]
         save_picture(make_grid(torch.cat(x), f"{config['dataset']}, epoch {epoch}, {settings}"), path)
 
-    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=z)
+    return Task("ddpm", make_network(config), diffusion.loss, preview, EMA, data.images, latents=latents)
 
 
 def latent_space(command: Command, data: utils.Data, device: torch.device):
-    """The latent space of --latent's autoencoder, and the images in it."""
+    """The latent space of --latent's autoencoder, and what a Task takes as `latents` (see `encoded`)."""
     part = load_autoencoder(command, data.images.shape[1:])
     space = make_latents(command["latent"], part, data.images.shape[-1], device)
     return space, encoded(space, data.images, part, command)
 
 
 def autoencoder_loss(net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
-    """L1 of x_hat, and of differences of its neighbours, and 1e-6 KL(q(z | x_0) || N(0, I)); -> scalar."""
-    # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 8; LDM, section 3.1)
+    """Mean |x_hat - x_0|, the same of differences of neighbours, and 1e-6 KL over the values; -> scalar."""
+    # Start: training step of the autoencoder (Kingma & Welling 2014, eq. 10; LDM, section 3.1)
     x_hat, mean, log_variance = (out.to(x_0.dtype) for out in net(x_0, generator))  # x_hat = D(z), z ~ q
     error = x_hat - x_0
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps x_hat sharp
-    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()  # appendix B
-    return error.abs().mean() + edges + 1e-6 * kl / x_0.numel()  # KL and L1 as sums over each image
+    kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()  # KL(q || N(0, I)), appendix B
+    return error.abs().mean() + edges + 1e-6 * kl / x_0.numel()
     # End
 
 

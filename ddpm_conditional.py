@@ -274,7 +274,7 @@ def load_classifier(path: str, model: dict, device, guides: bool = True):
     classifier, _, theirs = ddpm.load_network(path, device, ("classifier",))
     same = (*SAME_DATA, "noise_steps", "schedule") if guides else SAME_DATA
     runs.check_classifier(path, theirs, model, same)
-    scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # each measured its own
+    scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # None: of pixels
     if scales[0] != (scales[1] if guides else None):  # an evaluator sees images
         of = f"the model's latents: add --latent {model.get('latent')}" if guides else "images"
         raise UserError(f"--classifier {path}: train one with --task classifier on {of}")

@@ -67,12 +67,13 @@ def load_autoencoder(command: Command, shape) -> dict:
 
 
 def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor, dict]:
-    """Latents float16 (N, 1, c, h, w) of uint8 images (N, C, H, W), or with --flip (N, 2, c, h, w), also of
-    their mirror images; and the autoencoder, with the scale, measured in a new run, for a variance of 1."""
+    """Latents float16 (N, 1 or 2, c, h, w) of uint8 images (N, C, H, W), and `part`, their autoencoder.
+
+    With --flip the second is of the mirror image. A new run measures the scale that makes their variance 1.
+    """
     key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
     for name, weight in sorted(part["weights"].items()):
         key.update(f"{name} {digest(weight)}".encode())
-
     space.scale = 1.0  # while they are computed
 
     def code(images: Tensor) -> np.ndarray:
@@ -117,8 +118,8 @@ class Reconstructions:
         return self.found
 
     def preview(self, net, epoch: int, path: Path) -> None:
-        of = "PSNR {} dB, SSIM {}".format(*(self.found or self.measure(net)))
-        of += f" on {len(self.x)} held-out images"
+        found = self.found or self.measure(net)
+        of = "PSNR {} dB, SSIM {} on {} held-out images".format(*found, len(self.x))
         tqdm.write(f"epoch {epoch}: {of}")
         pairs = torch.stack([self.x[:32], self(net, self.x[:32])], 1).flatten(0, 1)
         caption, heads = f"{self.config['dataset']}, epoch {epoch}: {of}", ["image", "D(E(x))"] * 4

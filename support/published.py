@@ -36,7 +36,7 @@ NETWORKS = {
     "ldm": {**UNET, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
     "vqvae": dict(_class_name="VQModel", act_fn="silu", norm_type="group", mid_block_add_attention=True),
 }
-DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a variance near 1: LDM, appendix G
+DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a variance near 1: LDM, appendix D.1
     "ddpm": {"norm_num_groups": 32, "norm_eps": 1e-6},
     "ldm": {"norm_num_groups": 32, "norm_eps": 1e-5, "attention_head_dim": 8},
     "vqvae": {"norm_num_groups": 32, "norm_eps": 1e-6, "scaling_factor": 1},
@@ -178,14 +178,13 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     form = {"head_dim": theirs.get("attention_head_dim"), "cosines": True, "shift": 0, "padding": 1}
     kind = "published_autoencoder" if what == "vqvae" else "published"
     return {
-        **{"kind": kind, "form": form if what == "ldm" else None},
-        **{"name": published_name(path.parent), "dataset": None, "class_names": None, "codes": codes},
-        **{"latent_channels": theirs.get("latent_channels"), "scale": theirs.get("scaling_factor")},
+        **{"kind": kind, "name": published_name(path.parent), "dataset": None, "class_names": None},
+        **{"form": form if what == "ldm" else None, "codes": codes, "scale": theirs.get("scaling_factor")},
+        **{"latent_channels": theirs.get("latent_channels"), "weighting": None, "sampler": "ddim"},
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
         **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
         **{"attention": attention_levels(theirs), "norm_groups": theirs["norm_num_groups"]},
         **{"norm_eps": theirs["norm_eps"], "noise_steps": 1000, "schedule": "linear", "prediction": "eps"},
-        **{"weighting": None, "sampler": "ddim"},
     }
 
 
