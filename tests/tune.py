@@ -3,13 +3,15 @@
 python tests/tune.py --classifier runs/classifier_digits --minutes 2 --arm "" --arm "--width 24 --lr 1e-3"
 
 An arm is what would be typed after `python ddpm.py`: "" is the defaults. Each is trained from scratch for as
-many steps as fit in the time, judged as `analysis.py evaluate` judges, and adds a line to --out. A step is
-timed in turn with one of the defaults: with --reference MS, what that takes on a machine with nothing else to
-do, arms are given the steps of such a machine, and several may run side by side.
+many steps as fit in the time, judged as `analysis.py evaluate` judges, and adds a line to --out. With
+--photos in place of --classifier the judge is that of tests/judge_photos.py. A step is timed in turn with one
+of the defaults: with --reference MS, what that takes on a machine with nothing else to do, arms are given the
+steps of such a machine, and several may run side by side. --grids DIR keeps 36 samples of each arm.
 """
 
 import argparse
 import csv
+import re
 import shlex
 import statistics
 import sys
@@ -23,16 +25,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import judge_photos
+
 import analysis
 import ddpm
 import utils
 from ddpm import SamplerSettings
 from modules import EMA, make_network
 from support.errors import run_main
+from support.images import to_uint8
 from support.launch import load_data
 from support.loader import Loader
-from support.machine import MachineSettings, get_device, to_device, use_bf16
+from support.machine import MachineSettings, get_device, half_precision, to_device
 from support.measures import frechet_distance, quality
+from support.pictures import make_grid, save_picture
 from support.settings import Command, Parser, add_settings, make_command
 from support.trainer import Trainer, TrainingSettings
 
@@ -70,7 +76,7 @@ def stepper(arm: Arm):
     net, diffusion = arm.make()
     optimizer, ema = torch.optim.AdamW(net.parameters(), fused=arm.device.type != "mps"), EMA(net)
     x_0, _ = next(arm.loader().epoch(0))
-    if use_bf16(arm.command["precision"], arm.device, net):
+    if half_precision(arm.command["precision"], arm.device, net):
         net.forward = torch.autocast(arm.device.type, torch.bfloat16)(net.forward)
 
     def step() -> float:
@@ -110,16 +116,39 @@ def trained(arm: Arm, steps: int) -> tuple[torch.nn.Module, ddpm.Diffusion]:
     return trainer.ema.net, diffusion
 
 
-def judged(
-    net, diffusion, arm: Arm, evaluator, real: torch.Tensor, sampling: SamplerSettings, n: int
-) -> dict:
-    """The quality of n samples beside features of real images (m, D); the share that is surely a class."""
+def drawn(net, diffusion, arm: Arm, sampling: SamplerSettings, n: int) -> torch.Tensor:
+    """n samples (n, C, H, W) in [-1, 1]."""
     shape, eps_theta = arm.images.shape[1:], diffusion.denoiser(net)
-    parts = torch.arange(n).split(64)
+    parts = torch.arange(n).split(50)
     x = [ddpm.sample(diffusion, eps_theta, p.tolist(), shape, sampling, 0, arm.device).cpu() for p in parts]
-    x = torch.cat(x).clamp(-1, 1)
-    sure = (evaluator.p(x).max(1).values > 0.95).double().mean().item()
-    return quality(evaluator.features(x), real) | {"sure": sure}
+    return torch.cat(x).clamp(-1, 1)
+
+
+def judge_by_classifier(path: str, plain: Arm, n: int):
+    """A function of samples: their quality beside real images, and the share that is surely a class."""
+    classifier, _, _ = ddpm.load_network(path, plain.device, ("classifier",))
+    evaluator = analysis.Evaluator(classifier, plain.device, classifier.head.in_features)
+    first, second = analysis.real_halves(plain, evaluator, n, 0)
+    real, others = (evaluator.features(plain.images[half]) for half in (first, second[:n]))
+
+    def judge(x: torch.Tensor) -> dict:
+        sure = (evaluator.p(x).max(1).values > 0.95).double().mean().item()
+        return quality(evaluator.features(x), real) | {"sure": sure, "floor": frechet_distance(others, real)}
+
+    return judge
+
+
+def judge_of_photos(plain: Arm, n: int, cache: str):
+    """A function of samples: their distances from all real images, to a network trained on ImageNet."""
+    judge = judge_photos.Judge()
+    real = judge.real(plain.images, cache)
+    axes = judge_photos.principal_axes(real)
+    floor = judge_photos.floor(real, axes, n)["frechet"]
+    return lambda x: judge_photos.distances(judge.features(to_bytes(x)), real, axes) | {"floor": floor}
+
+
+def to_bytes(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
 def add_row(path: Path, row: dict) -> None:
@@ -134,7 +163,9 @@ def add_row(path: Path, row: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--arm", action="append", required=True, metavar="FLAGS")
-    parser.add_argument("--classifier", required=True, metavar="RUN")
+    judges = parser.add_mutually_exclusive_group(required=True)
+    judges.add_argument("--classifier", metavar="RUN")
+    judges.add_argument("--photos", action="store_true")
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--reference", type=float, metavar="MS")
     parser.add_argument("--reference-arm", default="", metavar="FLAGS")
@@ -147,16 +178,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", default="tune.csv")
+    parser.add_argument("--grids", metavar="DIR")
     base = parser.parse_args()
     shared = ["--dataset", base.dataset, "--data-root", base.data_root]
     shared += ["--limit", str(base.limit)] if base.limit else []
     shared += ["--image-size", str(base.image_size)] if base.image_size else []
     plain, sampling = make_arm(base.reference_arm, shared), SamplerSettings(base.sampler, base.steps)
-    classifier, _, _ = ddpm.load_network(base.classifier, plain.device, ("classifier",))
-    evaluator = analysis.Evaluator(classifier, plain.device, classifier.head.in_features)
     n = min(base.samples, len(plain.images) // 2)
-    first, second = analysis.real_halves(plain, evaluator, n, 0)
-    real, others = (evaluator.features(plain.images[half]) for half in (first, second[:n]))
+    if base.photos:
+        judge = judge_of_photos(plain, n, plain.command["cache_dir"])
+    else:
+        judge = judge_by_classifier(base.classifier, plain, n)
     for flags in base.arm:
         arm = make_arm(flags, shared)
         seconds = seconds_a_step(arm, plain, base.reference)
@@ -168,10 +200,13 @@ def main() -> None:
             row |= {"parameters": sum(p.numel() for p in net.parameters()), "seed": seed}
             row |= {"ms a step": round(1000 * seconds, 2), "steps": steps}
             row |= {"images": steps * arm.command["batch_size"]}
-            found = judged(net, diffusion, arm, evaluator, real, sampling, n)
-            found |= {"floor": frechet_distance(others, real)}
-            row |= {key: round(value, 4) for key, value in found.items()}
+            x = drawn(net, diffusion, arm, sampling, n)
+            row |= {key: round(value, 4) for key, value in judge(x).items()}
             add_row(Path(base.out), row)
+            if base.grids:
+                name = re.sub(r"[^a-z0-9.]+", "_", f"{flags} {base.minutes:g} {seed}".lower()).strip("_")
+                caption = f"{flags or 'the defaults'}: Frechet {row['frechet']:.1f}"
+                save_picture(make_grid(x[:36], caption, 6), Path(base.grids) / f"{name}.png")
             print(row, flush=True)
 
 
