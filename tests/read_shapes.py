@@ -1,6 +1,10 @@
-"""Does a text-to-image model draw what its captions say? A rule reads colour and shape out of the pixels.
+"""Does a text-to-image model draw what its captions say? A rule reads it out of the pixels.
 
 python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddpm --sample-steps 50]
+
+Colour, shape and size are right where the picture has just the shapes of the caption, in these colours, of
+these shapes or sizes. A relation is right where the shapes are also in the places that the caption gives
+them.
 """
 
 import argparse
@@ -20,11 +24,11 @@ from ddpm_conditional import cfg
 from support.errors import run_main
 from support.generators import randn_like, seeded_generator
 from support.images import to_uint8
-from support.scenes import COLOURS, HELD_OUT, SHAPES, Scene, Shape
+from support.scenes import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Shape
 from support.text import Vocabulary
-from utils import shapes
 
 SMALLEST = 0.01  # share of the picture that a region must have to be a shape
+LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius from which on a shape is large, of the image
 
 
 def described(caption):
@@ -46,8 +50,8 @@ def coverage(shape, radius, centre, size):
 
 
 def closest_shape(covered, box, size):
-    """The shape, in some place and of some size about the box, that covers the same pixels best, by their
-    intersection over union; `covered` (size, size) of 0..1.
+    """The shape, and its radius in pixels, in some place and of some size about the box, that covers the same
+    pixels best, by their intersection over union; `covered` (size, size) of 0..1.
     """
     middle = [(side.start + side.stop) / 2 for side in reversed(box)]  # x, y
     radius = max(side.stop - side.start for side in box) / 2
@@ -58,19 +62,28 @@ def closest_shape(covered, box, size):
                 at = ((middle[0] + dx) / size, (middle[1] + dy) / size)
                 other = coverage(shape, max(r, 1) / size, at, size)
                 score = np.minimum(covered, other).sum() / np.maximum(covered, other).sum()
-                best[shape] = max(score, best.get(shape, 0))
+                best[shape, r] = max(score, best.get((shape, r), 0))
     return max(best, key=best.get)
 
 
+def edge_colour(picture):
+    """The median of the border of a picture (H, H, 3)."""
+    edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    return np.median(edge, axis=0)
+
+
+def nearest(colour, names):
+    return min(names, key=lambda name: np.abs(colour - names[name]).sum())
+
+
 def read(picture):
-    """[(colour, shape, (x, y))] of the regions of a picture (H, H, 3) uint8 that are not background.
+    """[(size, colour, shape, (x, y))] of the regions of a picture (H, H, 3) uint8 that are not background.
 
     The background is the median of the border; a region's colour the nearest of COLOURS to that of its most
     colourful pixels.
     """
     picture = picture.astype(float)
-    edge = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    background = np.median(edge, axis=0)
+    background = edge_colour(picture)
     away = np.abs(picture - background).max(2)
     regions, _ = ndimage.label(away > 60)
     found = []
@@ -79,28 +92,27 @@ def read(picture):
         if mask.mean() < SMALLEST:
             continue
         inner = picture[mask & (away >= np.median(away[mask]))]
-        colour = min(COLOURS, key=lambda name: np.abs(np.median(inner, 0) - COLOURS[name]).sum())
+        colour = nearest(np.median(inner, 0), COLOURS)
         contrast = COLOURS[colour] - background
         covered = ((picture - background) @ contrast / (contrast @ contrast)).clip(0, 1)
         covered[~ndimage.binary_dilation(mask)] = 0
-        shape = closest_shape(covered, box, len(picture))
-        found.append((colour, shape, ((box[1].start + box[1].stop) / 2, (box[0].start + box[0].stop) / 2)))
+        shape, radius = closest_shape(covered, box, len(picture))
+        size = "large" if radius > LARGE * len(picture) else "small"
+        centre = ((box[1].start + box[1].stop) / 2, (box[0].start + box[0].stop) / 2)
+        found.append((size, colour, shape, centre))
     return found
 
 
-def agrees(caption, picture):
-    """Whether a picture holds the shapes of a caption, no others, and in the places it gives them."""
-    expected, relation, *_ = described(caption)
-    found = read(picture)
-    if sorted((colour, shape) for _, colour, shape in expected) != sorted(region[:2] for region in found):
+def in_place(expected, relation, found):
+    """Whether the shapes found are those expected, (size, colour, shape) each, in their places."""
+    if sorted(shape[1:] for shape in expected) != sorted(region[1:3] for region in found):
         return False
     if relation in (None, "and"):
         return True
-    orders = [found, found[::-1]]
     (x, y), (x_2, y_2) = next(
         [centre for *_, centre in order]
-        for order in orders
-        if [region[:2] for region in order] == [shape[1:] for shape in expected]
+        for order in (found, found[::-1])
+        if [region[1:3] for region in order] == [shape[1:] for shape in expected]
     )
     if expected[0][1:] == expected[1][1:]:  # two alike: either may be the first
         beside = relation in ("left of", "right of")
@@ -108,8 +120,71 @@ def agrees(caption, picture):
     return {"left of": x < x_2, "right of": x > x_2, "above": y < y_2, "below": y > y_2}[relation]
 
 
-def prompt(colour, shape):
-    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+def agrees(caption, picture):
+    """Whether a picture holds the shapes of a caption, no others, and in the places it gives them."""
+    expected, relation, *_ = described(caption)
+    return in_place(expected, relation, read(picture))
+
+
+def checked(caption, picture):
+    """{what a caption says: whether the picture has it}."""
+    expected, relation, _, background = described(caption)
+    found = read(picture)
+    right = {
+        name: sorted(str(shape[i]) for shape in expected) == sorted(region[i] for region in found)
+        for i, name in enumerate(("size", "colour", "shape"))
+    }
+    if None in (size for size, *_ in expected):
+        del right["size"]
+    if background:
+        right["background"] = nearest(edge_colour(picture.astype(float)), BACKGROUNDS) == background
+    if relation in RELATIONS:
+        right["relation"] = in_place(expected, relation, found)
+    return right
+
+
+def prompt(colour, shape, size="", background=""):
+    text = " ".join(word for word in (size, colour, shape) if word)
+    return f"{'an' if text.startswith('orange') else 'a'} {text}{' on ' * bool(background)}{background}"
+
+
+def prompts(count=100):
+    """{what is asked for: captions}, the pairs of colour and shape and what goes with them taken in turn."""
+    seen, held_out = (
+        [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_OUT) == out] for out in (False, True)
+    )
+
+    def turns(*lists):  # all combinations in turn, in a fixed random order
+        every = list(itertools.product(*lists))
+        order = np.random.default_rng(0).permutation(len(every))
+        return [every[i] for i in itertools.islice(itertools.cycle(order), count)]
+
+    def whole(pairs):
+        return [prompt(*pair, size, on) for pair, size, on in turns(pairs, SIZES, BACKGROUNDS)]
+
+    two = [f"{prompt(*a)} {relation} {prompt(*b)}" for a, relation, b in turns(seen, RELATIONS, seen)]
+    return {
+        "one shape": [prompt(*pair) for (pair,) in turns(seen)],
+        "one shape, its size and background": whole(seen),
+        "one shape, pairs never seen": [prompt(*pair) for (pair,) in turns(held_out)],
+        "the same with size and background": whole(held_out),
+        "two shapes and their relation": two,
+    }
+
+
+@torch.no_grad()
+def drawn(net, diffusion, vocabulary, captions, args, size):
+    """A picture (H, H, 3) uint8 for each caption; picture i has noise of its own."""
+    pictures = []
+    for i in range(0, len(captions), 50):
+        batch = captions[i : i + 50]
+        g = [seeded_generator(0, i + k) for k in range(len(batch))]
+        x_T = randn_like(torch.empty(len(batch), 3, size, size), g)
+        eps_theta = cfg(diffusion, net, vocabulary.encode(batch), args.guidance_scale)
+        clipped, timesteps = ddpm.clip_x_0(diffusion, eps_theta), diffusion.timesteps(args.sample_steps)
+        x_0 = ddpm.SAMPLERS[args.sampler](diffusion, clipped, x_T, timesteps, g)
+        pictures.extend(to_uint8(x_0))
+    return pictures
 
 
 def main():
@@ -118,28 +193,15 @@ def main():
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddpm")
     parser.add_argument("--sample-steps", type=int, default=50)
+    parser.add_argument("--count", type=int, default=100)
     args = parser.parse_args()
     net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
     vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
-    seen = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT]
-    prompts = {
-        "one shape, seen pairs": [prompt(*pair) for pair in seen] * 4,
-        "one shape, held-out pairs": [prompt(*pair) for pair in sorted(HELD_OUT)] * 20,
-        "two shapes, seen pairs": [
-            caption for caption in shapes(None, "train", 1000).captions if described(caption)[1]
-        ][:100],
-    }
-    for name, captions in prompts.items():
-        right = 0
-        for i in range(0, len(captions), 50):
-            batch = captions[i : i + 50]
-            g = [seeded_generator(0, i + k) for k in range(len(batch))]
-            x_T = randn_like(torch.empty(len(batch), 3, size, size), g)
-            eps_theta = cfg(diffusion, net, vocabulary.encode(batch), args.guidance_scale)
-            clipped, timesteps = ddpm.clip_x_0(diffusion, eps_theta), diffusion.timesteps(args.sample_steps)
-            x_0 = ddpm.SAMPLERS[args.sampler](diffusion, clipped, x_T, timesteps, g)
-            right += sum(map(agrees, batch, to_uint8(x_0)))
-        print(f"{name}: {right} of {len(captions)}", flush=True)
+    for name, captions in prompts(args.count).items():
+        pictures = drawn(net, diffusion, vocabulary, captions, args, size)
+        every = [checked(caption, picture) for caption, picture in zip(captions, pictures, strict=True)]
+        counts = ", ".join(f"{what} {sum(one[what] for one in every)}" for what in every[0])
+        print(f"{name}: of {len(captions)} right {counts}", flush=True)
 
 
 if __name__ == "__main__":
