@@ -21,6 +21,8 @@ from support.generators import randn_like
 from support.settings import COUNT, real, setting, settings, whole
 from support.text import END, PAD
 
+PATCH, PATCHED = "side of the squares of pixels that are taken as one", "task=diffusion/denoiser/classifier"
+
 
 @settings()
 class NetworkSettings:  # None: by image size, see default_network in support/launch.py
@@ -29,6 +31,7 @@ class NetworkSettings:  # None: by image size, see default_network in support/la
     blocks: int | None = setting(None, "residual blocks a level", "N", COUNT)
     attention: list | None = setting(None, "levels with attention; 1 is half size", "LEVEL", int, nargs="*")
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
+    patch: int | None = setting(None, PATCH, "N", COUNT, of=PATCHED)
 
 
 def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tensor:
@@ -129,17 +132,18 @@ class UNetBlock(nn.Module):
 class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
-    Level i has width * multipliers[i] channels at 1 / 2^i of the resolution and `blocks` residual blocks;
-    `attention` lists the levels with self-attention; the middle always has it. Level 0 has none: attention
-    over H W positions costs (H W)^2, sixteen times that of level 1, and at full resolution what is left to do
-    is local. H and W must be divisible by `self.divisor` = 2^(levels - 1), else ValueError. `context_dim` is
-    the size of the tokens in the context, where a network has one.
+    Each square of patch x patch pixels becomes the channels of one position. Level i has width *
+    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `attention` lists the
+    levels with self-attention; the middle always has it. Level 0 has none: attention over n positions costs
+    n^2, sixteen times that of level 1, and what is left to do there is local. H and W must be divisible by
+    `self.divisor` = patch * 2^(levels - 1), else ValueError.
     """
 
     timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
+    context_dim = 0  # size of the tokens in the context, where a network has one
 
     def __init__(
-        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0, context_dim=0
+        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0.0, patch=1
     ):
         super().__init__()
         if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
@@ -147,14 +151,15 @@ class Encoder(nn.Module):
         if any(not 0 < level < len(multipliers) for level in attention):
             where = f"between 1 (half resolution) and {len(multipliers) - 1}"
             raise ValueError(f"attention levels must lie {where}; there is none at full resolution, level 0")
-        self.width, self.divisor, self.emb_dim = width, 2 ** (len(multipliers) - 1), 4 * width * self.timed
+        self.width, self.patch, self.emb_dim = width, patch, 4 * width * self.timed
+        self.divisor = patch * 2 ** (len(multipliers) - 1)
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
-        self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=context_dim)
+        self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=self.context_dim)
 
         if self.timed:
             first, second = (init_layer(nn.Linear(n, 4 * width)) for n in (width, 4 * width))
             self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
-        self.conv_in = init_layer(nn.Conv2d(channels, width, 3, padding=1))
+        self.conv_in = init_layer(nn.Conv2d(channels * patch**2, width, 3, padding=1))
         c = width
         self.skip_channels = [c]  # of every output that the UNet keeps as a skip
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
@@ -184,7 +189,7 @@ class Encoder(nn.Module):
         size = tuple(x.shape[-2:])
         if size[0] % self.divisor or size[1] % self.divisor:
             raise ValueError(f"image {size}: height and width must be divisible by {self.divisor}")
-        h = self.conv_in(x)  # (B, width, H, W)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), from here on H / patch
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
@@ -232,7 +237,7 @@ class UNet(Encoder):
                 h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the height and width
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)  # (B, C, H, W)
 
 
 class PublishedUNet(UNet):
@@ -298,7 +303,8 @@ class TextUNet(UNet):
     """
 
     def __init__(self, vocabulary: int, max_tokens: int, *unet, text_width=128, text_layers=2, **more):
-        super().__init__(*unet, **more, context_dim=text_width)
+        self.context_dim = text_width  # which the layers are made with
+        super().__init__(*unet, **more)
         self.max_tokens = max_tokens
         self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.position_embedding = nn.Embedding(max_tokens, text_width)
@@ -383,7 +389,7 @@ class Autoencoder(UNet):
                 h = block(h)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the height and width
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, C, H, W)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)  # (B, C, H, W)
 
     def forward(self, x: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean, log_variance = self.encode(x)

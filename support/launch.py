@@ -81,12 +81,14 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
         defaults = default_network(size // factor, narrow)
         if command["attention"] is None and multipliers:
             command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
+    defaults = {"patch": 1} | defaults
     command.settle({name: value for name, value in defaults.items() if command[name] is None}, typed=True)
     levels = len(command["multipliers"])
-    divisor = 2 ** (levels - 1) * factor
+    divisor = command["patch"] * 2 ** (levels - 1) * factor
     if size % divisor:
         near = " or ".join(str(n) for n in (size // divisor * divisor, (size // divisor + 1) * divisor) if n)
         needed = f"not divisible by {divisor}, as {levels} levels need it"
+        needed += f" on patches of {command['patch']} pixels" * (command["patch"] > 1)
         needed += f" on latents, {factor} times smaller" * (factor > 1)
         raise UserError(f"--image-size {size} is {needed}: try {near}")
     data = data or load()

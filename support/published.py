@@ -180,7 +180,12 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     return {
         **{"kind": kind, "name": published_name(path.parent), "dataset": None, "class_names": None},
         **{"form": form if what == "ldm" else None, "codes": codes, "scale": theirs.get("scaling_factor")},
-        **{"latent_channels": theirs.get("latent_channels"), "weighting": None, "sampler": "ddim"},
+        **{
+            "latent_channels": theirs.get("latent_channels"),
+            "weighting": None,
+            "sampler": "ddim",
+            "patch": 1,
+        },
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
         **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
         **{"attention": attention_levels(theirs), "norm_groups": theirs["norm_num_groups"]},

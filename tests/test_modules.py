@@ -37,6 +37,23 @@ def test_out_is_shaped_as_in(shape):
     assert torch.equal(net(x, t), net(x, t, None))
 
 
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_patch_of_pixels_is_the_channels_of_one_position(patch):
+    small = dict(width=8, multipliers=(1, 2), blocks=1, attention=(1,))
+    patched, plain = UNet(2, patch=patch, **small), UNet(2 * patch**2, **small)
+    plain.load_state_dict(randomized(patched).state_dict())
+    x, t = torch.randn(3, 2, 16, 24), torch.tensor([1, 10, 1000])
+    corners = [x[:, :, i::patch, j::patch] for i in range(patch) for j in range(patch)]
+    out = plain(torch.stack(corners, 2).flatten(1, 2), t).unflatten(1, (2, patch**2))
+    expected = torch.empty_like(x)
+    for k, (i, j) in enumerate((i, j) for i in range(patch) for j in range(patch)):
+        expected[:, :, i::patch, j::patch] = out[:, :, k]
+    assert torch.allclose(patched(x, t), expected, atol=1e-6)
+    assert patched.divisor == 2 * patch
+    with pytest.raises(ValueError, match=f"divisible by {2 * patch}"):
+        patched(torch.zeros(1, 2, 2 * patch, 3 * patch), torch.tensor([1]))
+
+
 def test_size_that_does_not_fit_is_told():
     net = UNet(1, width=8, multipliers=(1, 2, 2))
     for size in ((8, 6), (10, 8)):
