@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Container
 from functools import partial
 
@@ -12,14 +13,14 @@ from tqdm import tqdm
 from .errors import UserError, first_line, is_out_of_memory, note
 from .settings import setting, settings, whole
 
-PRECISIONS = ["auto", "fp32", "bf16"]
+PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @settings(sample=True)
 class MachineSettings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", "NAME", resume=True)
     seed: int = setting(0, "seed of all random draws", "N", whole(0, 2**63 - 1))
-    precision: str = setting("auto", "auto, fp32 or bf16", "NAME", choices=PRECISIONS, resume=True)
+    precision: str = setting("auto", "%(choices)s", "NAME", choices=PRECISIONS, resume=True)
     compile: bool = setting(False, "torch.compile the network: slower to start, then faster", resume=True)
 
 
@@ -54,15 +55,34 @@ def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     return net.to(device, memory_format=order)
 
 
-def use_bf16(precision: str, device: torch.device, net: torch.nn.Module) -> bool:
-    """Whether to compute in bfloat16: where the chip has it, and on a CPU a layer is wide enough to gain."""
+def half_precision(precision: str, device: torch.device, net: torch.nn.Module) -> torch.dtype | None:
+    """The 16-bit type to compute in, or None; "auto" takes one that gains. UserError where there is none."""
     if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    has_it = any(getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("avx512_bf16", "amx_tile"))
+        half = PRECISIONS[precision]
+        return half if half is None or time_convolution(half, device) else None
+    if device.type == "cuda":  # tensor cores take float16 from 7.0 on, bfloat16 from 8.0 on
+        capability = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else None
     widest = max((m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)), default=0)
-    return device.type == "cpu" and widest >= 256 and has_it
+    if device.type != "cpu" or widest < 256:
+        return None
+    times = [time_convolution(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
+    return torch.bfloat16 if times[0] < 0.8 * times[1] else None  # some chips have it, and are slower in it
+
+
+def time_convolution(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds that a convolution and its gradient take; UserError where the device has none in this type."""
+    times = []
+    try:
+        layer = torch.nn.Conv2d(256, 256, 3, device=device, dtype=dtype)
+        for _ in range(5):
+            start = time.perf_counter()
+            layer(torch.ones(4, 256, 10, 10, device=device, dtype=dtype)).sum().backward()
+            times.append(time.perf_counter() - start)
+    except RuntimeError as error:
+        why = f"{device} can't compute in {str(dtype).removeprefix('torch.')} ({first_line(error)})"
+        raise UserError(f"{why}: use --precision fp32") from None
+    return min(times)
 
 
 def compile_forward(net: torch.nn.Module, graphs: bool) -> None:
@@ -95,12 +115,12 @@ def recompute_activations(net: torch.nn.Module) -> None:
 
 
 def speed_up_sampling(net: torch.nn.Module, machine: MachineSettings, device: torch.device) -> None:
-    """Make a trained network sample faster, in place: in bfloat16 where that gains, compiled if asked for."""
-    if use_bf16(machine.precision, device, net):
+    """Make a trained network sample faster, in place: in 16 bits where that gains, compiled if asked for."""
+    if half := half_precision(machine.precision, device, net):
         for module in net.modules():  # weights once, and not at every step; norms stay in float32
             if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.to(torch.bfloat16)
-        net.forward = torch.autocast(device.type, torch.bfloat16)(net.forward)
+                module.to(half)
+        net.forward = torch.autocast(device.type, half)(net.forward)
     if machine.compile:
         compile_forward(net, graphs=device.type == "cuda")
 

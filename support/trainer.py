@@ -17,7 +17,7 @@ from .errors import Stopped, UserError, first_line, is_out_of_memory, note, stop
 from .files import replacing
 from .generators import BatchShare, Generators
 from .loader import Loader
-from .machine import MachineSettings, compile_forward, recompute_activations, use_bf16
+from .machine import MachineSettings, compile_forward, half_precision, recompute_activations
 from .runs import log_rows
 from .settings import COUNT, POSITIVE, real, setting, settings, whole
 
@@ -65,6 +65,7 @@ class Trainer:
         self.parts = {"net": net, "ema": self.ema.net, "optimizer": self.optimizer}  # of a checkpoint
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
+        self.skipped = 0  # of the steps, where a gradient overflowed float16; its loss scale then halves
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
         self.tested = None  # it has a measure(averaged network) after each epoch, and its columns of log.csv
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
@@ -72,9 +73,10 @@ class Trainer:
             recompute_activations(net)
         if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
             compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
-        bf16 = use_bf16(machine.precision, device, net)
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
-        if bf16:
+        half = half_precision(machine.precision, device, net)
+        self.autocast = torch.autocast(device.type, half) if half else nullcontext()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+        if half:
             net.forward = self.autocast(net.forward)
         self.net = net  # the network to be called
         if self.processes.count > 1:
@@ -84,7 +86,7 @@ class Trainer:
         loader, epochs, rank = self.loader, self.settings.epochs, self.processes.rank
         if rank > 0:  # dropout draws other numbers than in the first process
             torch.manual_seed(self.machine.seed + self.steps + rank)
-        self.first_step, self.saved_at = self.steps + 1, time.monotonic()
+        self.first_step, self.saved_at, self.told = self.steps + 1, time.monotonic(), False
         images, per_epoch = len(loader.images), loader.batches
         done = self.steps // per_epoch * images + self.steps % per_epoch * loader.batch_size
         every = 0.2 if sys.stderr.isatty() else 10
@@ -116,9 +118,10 @@ class Trainer:
         """This process's share of a batch of `batch` images, in --accumulate parts; neither changes draws."""
         total, count = self.settings.epochs * self.loader.batches, self.processes.count
         warmup = min(self.settings.warmup, total // 10)
-        rate = self.lr * (self.steps + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
-        if self.steps >= warmup:
-            rate = self.lr * 0.5 * (1 + math.cos(math.pi * (self.steps - warmup) / (total - warmup)))
+        taken = self.steps - self.skipped
+        rate = self.lr * (taken + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
+        if taken >= warmup:
+            rate = self.lr * 0.5 * (1 + math.cos(math.pi * (taken - warmup) / (total - warmup)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -138,14 +141,22 @@ class Trainer:
     def step(self, loss: Tensor) -> None:
         """Add the gradient of a loss; after the last part of a batch clip it, step, average the weights."""
         loss = self.weight * loss
-        loss.backward()
+        self.scaler.scale(loss).backward()
         self.loss += loss.detach()
         if self.last_part:
+            self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.weights.parameters(), self.settings.clip_grad)
-            self.optimizer.step()
-            self.ema.update(self.weights, self.steps)
+            before = self.scaler.get_scale()  # 1, but in float16
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if (scale := self.scaler.get_scale()) < before:
+                self.skipped, norm = self.skipped + 1, torch.zeros_like(norm)
+            else:
+                self.ema.update(self.weights, self.steps - self.skipped)
             self.steps += 1
             self.pending.append(torch.stack([self.loss.float(), norm.detach().float()]))
+            if scale < 1:  # then gradients are above 65504 by themselves
+                raise self.lost("loss scale of fp16 fell to nothing", self.steps)
 
     def after_step(self, stopping: bool, bar: tqdm, started: float) -> None:
         """Look at the losses now and then; save in a long epoch; save and stop after a signal."""
@@ -155,12 +166,22 @@ class Trainer:
             tqdm.write(f"the first step took {time.monotonic() - started:.0f} s, with compilation")
         if len(self.pending) >= CHECK_EVERY:
             self.check_losses()
+            if not self.told:
+                self.tell_time(bar)
             bar.set_postfix(loss=f"{self.loss_sum / ((self.steps - 1) % per_epoch + 1):.4f}", refresh=False)
         stopping, late = self.processes.any(stopping, time.monotonic() - self.saved_at > SAVE_SECONDS)
         if self.steps % per_epoch and (stopping or late):
             self.save()
             if stopping:
                 raise Stopped
+
+    def tell_time(self, bar: tqdm) -> None:
+        """Say how long a long run will take, and what takes less."""
+        self.told, done = True, bar.format_dict
+        hours = done["elapsed"] / (done["n"] - done["initial"]) * (bar.total - done["n"]) / 3600
+        if hours > 1:
+            less = "fewer --epochs, a smaller --image-size, or --latent RUN"
+            tqdm.write(f"time     about {hours:.1f} hours; what takes less: {less}")
 
     def after_epoch(self, epoch: int, stopping: bool) -> None:
         """Save, log, stop after a signal, draw a preview."""
@@ -196,10 +217,16 @@ class Trainer:
         for step, (loss, norm) in enumerate(values, start=self.steps - len(values) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
-                good = f"{self.run / 'ckpt.pt'} holds the last good weights"
-                raise UserError(f"the {what} is not finite at step {step}: try a lower --lr; {good}")
+                raise self.lost(f"{what} is not finite", step)
             self.loss_sum += loss
         self.pending.clear()
+
+    def lost(self, what: str, step: int) -> UserError:
+        """The error of a run that has nothing more to learn from."""
+        cure = "a lower --lr" + " or --precision fp32" * self.scaler.is_enabled()
+        return UserError(
+            f"the {what} at step {step}: try {cure}; {self.run / 'ckpt.pt'} holds the last good weights"
+        )
 
     def save(self) -> None:
         """Write ckpt.pt in one step; UserError where that fails, and the previous one is still whole."""
@@ -211,6 +238,7 @@ class Trainer:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         rng = {"cpu": torch.get_rng_state(), "cuda": cuda, "train": self.generator.get_state()}
         place = {"epoch": self.steps // self.loader.batches, "step": self.steps, "loss_sum": self.loss_sum}
+        place |= {"skipped": self.skipped, "scaler": self.scaler.state_dict()}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         path, buffer = self.run / "ckpt.pt", io.BytesIO()  # torch.save to a full disk may abort the process
         torch.save({**self.keep, **state, **place, "log": self.rows, "rng": rng}, buffer)  # log.csv may lag
@@ -240,4 +268,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["fused"] = self.optimizer.defaults["fused"]  # that of this device
         self.steps, self.loss_sum, self.resumed = checkpoint["step"], checkpoint["loss_sum"], True
+        self.skipped = checkpoint.get("skipped", 0)
+        if checkpoint.get("scaler"):  # it has one, if the run was in float16
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.rows = checkpoint.get("log", [])  # older runs have them in log.csv alone

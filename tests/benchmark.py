@@ -242,7 +242,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def default_precision(size: int, device: torch.device) -> str:
-    return "bf16" if machine.use_bf16("auto", device, make_unet(size)) else "fp32"
+    return "bf16" if machine.half_precision("auto", device, make_unet(size)) else "fp32"
 
 
 def speed(

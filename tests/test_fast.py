@@ -14,9 +14,10 @@ from PIL import Image
 import ddpm
 from modules import EMA, UNet
 from support import machine
+from support.errors import UserError
 from support.images import to_x_0
 from support.loader import Loader
-from support.machine import MachineSettings, compile_forward, to_device, use_bf16
+from support.machine import MachineSettings, compile_forward, half_precision, to_device
 from support.trainer import Trainer, TrainingSettings
 from utils import get_data
 
@@ -124,14 +125,114 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(tmp_path):
 # which precision, how much memory
 
 
-@pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
-def test_bf16_on_a_cpu_that_has_it_and_where_layers_are_wide(monkeypatch, has):
-    for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, question, lambda question=question: question == has, raising=False)
+@pytest.mark.parametrize("bf16_takes, gains", [(0.5, True), (2.0, False)])
+def test_bf16_on_a_cpu_that_is_faster_in_it_and_where_layers_are_wide(monkeypatch, bf16_takes, gains):
+    times = {torch.bfloat16: bf16_takes, torch.float32: 1.0}
+    monkeypatch.setattr(machine, "time_convolution", lambda dtype, device: times[dtype])
     wide, narrow = (unet(width=32, multipliers=m) for m in ([1, 8], [1, 4]))
-    assert use_bf16("auto", CPU, wide) == (has is not None)
-    assert not use_bf16("auto", CPU, narrow)
-    assert use_bf16("bf16", CPU, narrow) and not use_bf16("fp32", CPU, wide)
+    assert half_precision("auto", CPU, wide) == (torch.bfloat16 if gains else None)
+    assert half_precision("auto", CPU, narrow) is None
+
+
+@pytest.mark.parametrize(
+    "capability, half",
+    [((6, 1), None), ((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
+def test_a_gpu_takes_the_16_bits_that_its_tensor_cores_have(monkeypatch, capability, half):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert half_precision("auto", torch.device("cuda"), unet()) == half
+
+
+def test_a_precision_is_as_asked_for_or_an_error(cli, monkeypatch):
+    assert half_precision("fp32", CPU, unet()) is None
+    assert half_precision("bf16", CPU, unet()) == torch.bfloat16
+    assert half_precision("fp16", CPU, unet()) == torch.float16
+
+    def refuse(*inputs, **options):
+        raise RuntimeError('"conv2d" not implemented for this type\nsecond line')
+
+    monkeypatch.setattr(torch.nn, "Conv2d", refuse)
+    with pytest.raises(UserError, match=r"^cpu can't compute in float16 .*: use --precision fp32$"):
+        half_precision("fp16", CPU, None)
+
+
+class Overflowing:
+    """The loss of a diffusion process, at some calls so large that its gradient overflows float16."""
+
+    def __init__(self, at=(), factor=1e9):
+        self.diffusion, self.at, self.factor, self.trainer = ddpm.Diffusion(100), at, factor, None
+        self.seen = []  # before each step: the loss scale, the learning rate of the last step, the weights
+
+    def __call__(self, *inputs):
+        trainer = self.trainer
+        weights = [p.detach().clone() for net in (trainer.weights, trainer.ema.net) for p in net.parameters()]
+        self.seen.append((trainer.scaler.get_scale(), trainer.optimizer.param_groups[0]["lr"], weights))
+        return self.diffusion.loss(*inputs) * (self.factor if len(self.seen) in self.at else 1)
+
+
+def fp16_trainer(folder, loss_fn, epochs=3):
+    folder.mkdir(exist_ok=True)
+    settings = TrainingSettings(epochs=epochs, lr=1e-3)
+    loader, precision = Loader(digits(16), 2), MachineSettings(precision="fp16")  # 8 steps an epoch
+    loss_fn.trainer = Trainer(unet(), EMA, loader, folder, settings, precision)
+    return loss_fn.trainer
+
+
+def test_the_loss_scale_leaves_the_gradient_as_it_is(tmp_path):
+    diffusion, found = ddpm.Diffusion(100), {}
+    for precision in ("fp32", "fp16"):
+        images, net, scaled = digits(4), unet(), MachineSettings(seed=1, precision=precision)
+        settings = TrainingSettings(epochs=1, clip_grad=1e9)
+        trainer = Trainer(net, EMA, Loader(images, 4), tmp_path, settings, scaled)
+        for x_0, y, generator in trainer.parts_of(to_x_0(images), None, 4):
+            trainer.step(diffusion.loss(trainer.net, x_0, y, generator))
+        found[precision] = torch.cat([p.grad.flatten() for p in net.parameters()])
+        assert not trainer.skipped
+    error = (found["fp16"] - found["fp32"]).norm() / found["fp32"].norm()
+    assert 0 < error < 0.01
+
+
+def test_a_gradient_that_overflows_is_skipped_and_halves_the_scale(tmp_path):
+    loss_fn = Overflowing(at=[6])
+    trainer = fp16_trainer(tmp_path, loss_fn)
+    ddpm.train(loss_fn, trainer)
+    scales, rates, weights = zip(*loss_fn.seen, strict=True)
+    assert scales == (2.0**16,) * 6 + (2.0**15,) * 18
+    assert all(map(torch.equal, weights[5], weights[6]))  # of the network and their average
+    assert not any(all(map(torch.equal, weights[k], weights[k + 1])) for k in (*range(5), *range(6, 23)))
+    assert rates[5] == rates[6]  # nor is it a step of the learning rate
+    assert trainer.steps == 24 and trainer.skipped == 1
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {23}
+
+
+def test_a_run_in_fp16_resumes_bit_for_bit_with_its_scale(tmp_path):
+    whole = Overflowing(at=[6])
+    ddpm.train(whole, fp16_trainer(tmp_path / "whole", whole))
+    first, second = Overflowing(at=[6]), Overflowing()
+    trainer = fp16_trainer(tmp_path / "parts", first)
+    trainer.after_epoch = lambda epoch, stopping: trainer.save() or stop()
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # after the first epoch, of 8 steps
+        ddpm.train(first, trainer)
+    again = fp16_trainer(tmp_path / "parts", second)
+    again.resume(torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True))
+    assert again.scaler.get_scale() == 2.0**15 and (again.steps, again.skipped) == (8, 1)
+    ddpm.train(second, again)
+    a, b = (torch.load(tmp_path / name / "ckpt.pt", weights_only=True) for name in ("whole", "parts"))
+    assert a["scaler"] == b["scaler"]
+    for part in ("net", "ema"):
+        assert all(torch.equal(a[part][key], b[part][key]) for key in a[part])
+
+
+def test_a_loss_scale_that_falls_to_nothing_is_an_error(cli, monkeypatch):
+    loss = ddpm.Diffusion.loss
+    monkeypatch.setattr(ddpm.Diffusion, "loss", lambda *inputs: 1e30 * loss(*inputs))
+    line = error_line(cli(*TINY, "--precision", "fp16", "--epochs", "12"))
+    assert "the loss scale of fp16 fell to nothing at step 17: try a lower --lr or --precision fp32" in line
+    assert torch.load("runs/ddpm_digits/ckpt.pt")["step"] == 15  # saved after each epoch; all steps skipped
 
 
 def test_memory_of_training_is_counted_by_the_image():
@@ -227,14 +328,14 @@ def test_the_next_call_of_a_graph_leaves_samples_alone(monkeypatch):
 
 def test_half_precision_samples_are_close_and_differ(cli):
     cli(*TINY, "--limit", "400", "--epochs", "4")
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         run = ("--sample", "8", "--checkpoint", "runs/ddpm_digits", "--sample-steps", "10")
         assert cli(*run, "--precision", precision, "--out", precision).code == 0
-    a, b = (
+    a, b, c = (
         np.stack([np.asarray(Image.open(f"{p}/{i:05d}.png")) for i in range(8)]).astype(float)
-        for p in ("fp32", "bf16")
+        for p in ("fp32", "bf16", "fp16")
     )
-    assert 0 < np.abs(a - b).mean() < 4  # of 255
+    assert 0 < np.abs(a - c).mean() < np.abs(a - b).mean() < 4  # of 255; float16 has three more bits
 
 
 def test_sampling_goes_on_where_it_stopped(cli, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -174,6 +175,20 @@ def test_the_loss_is_not_read_at_every_step(monkeypatch, tmp_path):
     loader, settings = Loader(torch.zeros(60, 1, 2, 2, dtype=torch.uint8), 1), TrainingSettings(epochs=1)
     ddpm.train(lambda net, x, y, g: net(x).square().mean(), Trainer(net, EMA, loader, tmp_path, settings))
     assert len(reads) <= 5
+
+
+@pytest.mark.parametrize("epochs, told", [(10, False), (10_000_000, True)])
+def test_a_long_run_says_how_long_it_will_take(cli, monkeypatch, epochs, told):
+    monkeypatch.setattr(trainer, "CHECK_EVERY", 2)
+    after_epoch = Trainer.after_epoch
+    monkeypatch.setattr(Trainer, "after_epoch", lambda self, n, _: after_epoch(self, n, n == 3))  # as Ctrl-C
+    result = cli(*TINY, "--epochs", str(epochs), "--preview-every", "100")
+    said = [line for line in result.out.splitlines() if "hours" in line]
+    assert result.code == 130 and len(said) == told
+    for line in said:
+        assert re.fullmatch(
+            r"time     about \d+\.\d hours; what takes less: .*--image-size.*--latent.*", line
+        )
 
 
 def test_training_loop_serves_any_task(tmp_path):
