@@ -20,7 +20,7 @@ import textwrap
 import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import make_dataclass
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -117,16 +117,8 @@ def study(names: str, least: int = 0, most: float = 0, kinds=DIFFUSION, **defaul
     return add
 
 
-@dataclass
-class Model:
-    """A trained network with its averaged weights, and the settings in its checkpoint."""
-
-    path: str
-    net: torch.nn.Module
-    diffusion: Diffusion
-    config: dict
-    device: torch.device
-    folder: Path
+class Model(namedtuple("Model", "path net diffusion config device folder")):
+    """A trained network with its averaged weights, and the settings in its checkpoint, `config`."""
 
     @property
     def space(self):  # Pixels or Latents
@@ -151,19 +143,13 @@ class Model:
             note(f"{self.path} is conditional: here it gets the null condition{never}")
 
 
-@dataclass
-class Evaluator:
+class Evaluator(namedtuple("Evaluator", "net device dim")):  # dim is D, of its features
     """A classifier of --task classifier, applied to images without noise, at t = 1."""
-
-    net: torch.nn.Module
-    device: torch.device
-    dim: int  # D, of its features
 
     def features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1], or uint8, -> (B, D)."""
         parts = ((to_x_0(z) if z.dtype == torch.uint8 else z).to(self.device) for z in x.split(256))
-        found = [self.net.features(z, z.new_ones(len(z)).long()) for z in parts]
-        return torch.cat(found).float().cpu()
+        return torch.cat([self.net.features(z, z.new_ones(len(z)).long()) for z in parts]).float().cpu()
 
     def p(self, x: Tensor) -> Tensor:
         """p(y | x), (B, C, H, W) -> (B, K)."""

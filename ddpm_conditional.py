@@ -32,7 +32,7 @@ from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling
 from support.pictures import make_grid, save_picture
 from support.samples import Plan
-from support.settings import COUNT, Command, listed, parse, real, rows_of, setting, settings
+from support.settings import COUNT, Command, flag, listed, parse, real, rows_of, setting, settings
 from support.text import CONDITIONS, ConditionSettings, conditions
 
 
@@ -272,8 +272,13 @@ def load_classifier(path: str, model: dict, device, guides: bool = True):
         on = "captions" if model.get("condition") == "text" else "unknown data"
         raise UserError(f"a classifier takes a model of labels; this one was trained on {on}: use cfg")
     classifier, _, theirs = ddpm.load_network(path, device, ("classifier",))
-    same = (*SAME_DATA, "noise_steps", "schedule") if guides else SAME_DATA
-    runs.check_classifier(path, theirs, model, same)
+    for key in (*SAME_DATA, "noise_steps", "schedule") if guides else SAME_DATA:
+        if theirs[key] != model[key]:
+            trained = f"--classifier {path} was trained with {flag(key)} {theirs[key]}"
+            instead = f"train one with --task classifier {flag(key)} {model[key]}"
+            raise UserError(f"{trained}, the model with {model[key]}: {instead}")
+    if theirs["class_names"] != model["class_names"]:
+        raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
     scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # None: of pixels
     if scales[0] != (scales[1] if guides else None):  # an evaluator sees images
         of = f"the model's latents: add --latent {model.get('latent')}" if guides else "images"

@@ -3,8 +3,7 @@ labels or captions, a classifier of noisy images, an autoencoder, whose latents 
 (LDM, Rombach et al. 2022, https://arxiv.org/abs/2112.10752), and the average of a network's weights.
 
 Every UNet is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
-clean image or v) is the business of ddpm.Diffusion; a network is only a function from image, time and
-condition to image.
+clean image or v) is the business of ddpm.Diffusion.
 """
 
 import copy
@@ -21,8 +20,6 @@ from support.generators import randn_like
 from support.settings import COUNT, real, setting, settings, whole
 from support.text import END, PAD
 
-PATCH, PATCHED = "side of the squares of pixels that are taken as one", "task=diffusion/denoiser/classifier"
-
 
 @settings()
 class NetworkSettings:  # None: by image size, see default_network in support/launch.py
@@ -31,7 +28,7 @@ class NetworkSettings:  # None: by image size, see default_network in support/la
     blocks: int | None = setting(None, "residual blocks a level", "N", COUNT)
     attention: list | None = setting(None, "levels with attention; 1 is half size", "LEVEL", int, nargs="*")
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
-    patch: int | None = setting(None, PATCH, "N", COUNT, of=PATCHED)
+    patch: int | None = setting(None, "side of the squares of pixels that are one position", "N", COUNT)
 
 
 def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tensor:
@@ -40,8 +37,7 @@ def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tenso
     Vaswani et al. 2017, section 3.5; shift is 1 in the code of DDPM. dim must be even and at least 4.
     """
     half = dim // 2
-    rate = math.log(10000.0) / (half - shift)
-    frequencies = torch.exp(-rate * torch.arange(half, device=t.device))  # (half,)
+    frequencies = torch.exp(-math.log(10000.0) / (half - shift) * torch.arange(half, device=t.device))
     angles = t.float()[:, None] * frequencies  # (B, half)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -134,9 +130,8 @@ class Encoder(nn.Module):
 
     Each square of patch x patch pixels becomes the channels of one position. Level i has width *
     multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `attention` lists the
-    levels with self-attention; the middle always has it. Level 0 has none: attention over n positions costs
-    n^2, sixteen times that of level 1, and what is left to do there is local. H and W must be divisible by
-    `self.divisor` = patch * 2^(levels - 1), else ValueError.
+    levels with self-attention; the middle always has it. Level 0 has none: attention there costs sixteen
+    times that of level 1. H and W must be divisible by `divisor` = patch * 2^(levels - 1), else ValueError.
     """
 
     timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
@@ -510,8 +505,7 @@ class PointMLP(nn.Module):
 class EMA:
     """Exponential moving average of a network's weights, in `self.net`: `ema <- d ema + (1 - d) net`.
 
-    d = min(decay, (1 + step) / (10 + step)), so that the first, random weights are soon forgotten (step
-    counts the updates before this one).
+    d = min(decay, (1 + step) / (10 + step)) after `step` updates: the first weights are soon forgotten.
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.999):

@@ -73,11 +73,7 @@ def decoded(images: Pictures, cache_file: Path, size: int, channels: int, worker
 
 
 def cached(cache_file: Path, shape: tuple[int, ...], make: Callable, dtype=np.uint8) -> tuple:
-    """The images that make() yields in chunks, (M, ...) of the N of a `shape`, and their positions (M,).
-
-    They come from `cache_file`, written first if need be; a large set is mapped and may be larger than the
-    memory. Where the file can't be written, they are held in memory.
-    """
+    """The images that make() yields in chunks, (M, ...) of the N of a `shape`, and their positions (M,)."""
     why = "it was removed at once"
     remove_leftovers(cache_file.parent)
     if found := read_cache(cache_file, shape, dtype):
@@ -89,7 +85,7 @@ def cached(cache_file: Path, shape: tuple[int, ...], make: Callable, dtype=np.ui
     if found := read_cache(cache_file, shape, dtype):  # ours, or that of another process, which has it open
         return found
     note(f"the decoded images were not cached in {cache_file}: {why}")
-    return joined(make())
+    return joined(make())  # held in memory, where a file is mapped and may be larger than that
 
 
 def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple], dtype=np.uint8) -> None:

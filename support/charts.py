@@ -3,6 +3,7 @@
 import io
 import math
 import textwrap
+from collections import namedtuple
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,10 +31,7 @@ class Panel:  # axes of a chart
     x_from: float = -math.inf  # points at a smaller x are in the CSV alone
 
 
-@dataclass
-class Chart:
-    panels: list[Panel]  # side by side; those without curves are left out
-    columns: int = 3
+Chart = namedtuple("Chart", "panels columns", defaults=[3])  # side by side; those without curves are left out
 
 
 @dataclass

@@ -35,7 +35,13 @@ csv.field_size_limit(2**30)
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` in one step at the end; `path` is always whole."""
-    file = open_temporary(path)
+    removed = True
+    while removed:  # a new file beside `path`, of this writer alone, locked as long as it is open
+        file = open(path.with_name(f"{secrets.token_hex(4)}.{path.name}.tmp"), "xb")
+        with suppress(OSError):  # of file systems without locks
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+        removed = fcntl and not os.fstat(file.fileno()).st_nlink  # as a leftover, before it was locked
     try:
         with file:
             yield file
@@ -56,17 +62,6 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and not error.filename:  # a full disk does not say which file
             error.filename = str(path)
         raise
-
-
-def open_temporary(path: Path) -> BinaryIO:
-    """A new file beside `path`, of this writer alone, locked as long as it is open."""
-    while True:
-        file = open(path.with_name(f"{secrets.token_hex(4)}.{path.name}.tmp"), "xb")
-        with suppress(OSError):  # of file systems without locks
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink or not fcntl:  # else removed as a leftover before it was locked
-            return file
 
 
 def remove_leftovers(*folders: Path) -> None:

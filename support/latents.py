@@ -40,20 +40,19 @@ def settle_latent(command: Command) -> None:
 
 
 def settle_levels(command: Command) -> int:
-    """An autoencoder's --downsampling, or that of its --multipliers; UserError where they contradict."""
-    levels = len(command["multipliers"] or ()) or (command["downsampling"] or 4).bit_length()
-    factor = command["downsampling"] or 2 ** (levels - 1)
-    if factor != 2 ** (levels - 1) or factor not in (2, 4, 8):
-        raise UserError("an autoencoder that halves images n times takes n + 1 --multipliers, 2 to 4 of them")
+    """The levels of an autoencoder; its --downsampling is settled. UserError where its flags contradict."""
+    patch, given = command["patch"] or 1, command["downsampling"]
+    levels = len(command["multipliers"] or ()) or max(1, (given or 4) // patch).bit_length()
+    factor = patch * 2 ** (levels - 1)
+    if factor not in (2, 4, 8) or factor != (given or factor):
+        takes = "an autoencoder that halves images n times takes n + 1 --multipliers, 2 to 4 of them"
+        raise UserError(f"{takes}; --patch 2 halves them once, --patch 4 twice")
     command.settle({"downsampling": factor, "latent_channels": command["latent_channels"] or 4}, typed=True)
-    return factor
+    return levels
 
 
 def load_autoencoder(command: Command, shape) -> dict:
-    """The autoencoder of --latent, or of the run of --resume: its settings, its weights and the scale.
-
-    UserError where it takes images of other channels than a `shape` (C, H, W) has.
-    """
+    """The autoencoder of --latent or --resume: settings, weights, scale; UserError if `shape` has other C."""
     if command["resume"]:
         return load_checkpoint(command["resume"], "ddpm", "ddpm_conditional", "classifier").get("autoencoder")
     path, theirs = command["latent"], load_checkpoint(command["latent"], "autoencoder")
@@ -67,10 +66,7 @@ def load_autoencoder(command: Command, shape) -> dict:
 
 
 def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor, dict]:
-    """Latents float16 (N, 1 or 2, c, h, w) of uint8 images (N, C, H, W), and `part`, their autoencoder.
-
-    With --flip the second is of the mirror image. A new run measures the scale that makes their variance 1.
-    """
+    """Latents float16 (N, 1 or 2, c, h, w) of uint8 images (N, C, H, W), and `part`, their autoencoder."""
     key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
     for name, weight in sorted(part["weights"].items()):
         key.update(f"{name} {digest(weight)}".encode())
@@ -78,8 +74,8 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor
 
     def code(images: Tensor) -> np.ndarray:
         x = to_x_0(images)
-        both = [space.encode(x), space.encode(x.flip(-1))] if command["flip"] else [space.encode(x)]
-        return torch.stack(both, dim=1).half().cpu().numpy()
+        both = [x, x.flip(-1)] if command["flip"] else [x]  # the second is the mirror image
+        return torch.stack([space.encode(x) for x in both], dim=1).half().cpu().numpy()
 
     def chunks() -> Iterator[tuple[np.ndarray, range]]:
         with progress("encoding", len(images)) as bar:
@@ -90,7 +86,7 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor
     cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"
     shape = (len(images), *code(images[:1]).shape[1:])
     z = torch.from_numpy(cached(cache_file, shape, chunks, np.float16)[0])
-    if not command["resume"]:
+    if not command["resume"]:  # a new run measures the scale that makes their variance 1
         mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()
         variance = sum((few.double() - mean).square().sum() for few in z.split(AT_ONCE)) / z.numel()
         part["scale"] = max(variance.item(), 1e-12) ** -0.5

@@ -57,9 +57,9 @@ def default_network(image_size: int, narrow: bool = False) -> dict:
     return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
-def default_autoencoder(image_size: int, downsampling: int) -> dict:
-    """The same for an autoencoder whose latents have one value for so many pixels along a side."""
-    multipliers, batch_size = [1, 3, 6, 8][: downsampling.bit_length()], 8 if image_size > 32 else 32
+def default_autoencoder(image_size: int, levels: int) -> dict:
+    """The same for an autoencoder of so many levels."""
+    multipliers, batch_size = [1, 3, 6, 8][:levels], 8 if image_size > 32 else 32
     return dict(width=16, multipliers=multipliers, blocks=1, attention=[], batch_size=batch_size, lr=2e-3)
 
 

@@ -19,8 +19,7 @@ class Loader:
     """Batches of a data set, sliced from its one array (N, C, H, W) uint8: no Python runs per image.
 
     The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch.
-    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch. Latents
-    (N, 1 or 2, c, h, w), of images and their mirror images, are multiplied by `scale`.
+    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch.
     """
 
     def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
@@ -46,7 +45,7 @@ class Loader:
         slices = ([part[i].pin_memory() if pin else part[i] for part in parts] for i in shares)
         for images, mirror, *y in slices if self.resident else ahead(slices):
             images, mirror = (part.to(self.device, non_blocking=True) for part in (images, mirror))
-            if images.ndim == 5:
+            if images.ndim == 5:  # latents (B, 1 or 2, c, h, w), of images and their mirror images
                 x_0, other = (images[:, which].float() * self.scale for which in (0, -1))
             else:
                 x_0 = to_x_0(images)

@@ -1,6 +1,4 @@
-"""Weights that others published: DDPMs in the form of google/ddpm-cifar10-32, our UNet under other names, and
-latent diffusion models in that of CompVis/ldm-celebahq-256, folders with unet/, vqvae/ and scheduler/.
-"""
+"""Weights that others published: DDPMs like google/ddpm-cifar10-32, LDMs like CompVis/ldm-celebahq-256."""
 
 import os
 import re
@@ -57,15 +55,9 @@ def is_count(value: object, *divisors: int) -> bool:
     return type(value) is int and 0 < value < 2**16 and all(value % divisor == 0 for divisor in divisors)
 
 
-def attention_levels(config: dict) -> list[int]:
-    return [level for level, kind in enumerate(config["down_block_types"]) if kind == "AttnDownBlock2D"]
-
-
 def network_fields(config: dict, what: str) -> Iterator[tuple[str, object]]:
-    """The fields of config.json in the order to check them, each with the value that makes the network ours.
-
-    Where several values are right, that is the file's own, or if it is wrong, a text that says what is right.
-    """
+    """Fields of config.json in the order to check them, and the value that makes the network ours of each."""
+    # Where several values are right, that is the file's own, or if it is wrong, a text on what is right.
     groups, widths, eps = config["norm_num_groups"], config["block_out_channels"], config["norm_eps"]
     yield "norm_num_groups", groups if is_count(groups) else "a whole number"
     levels = len(widths) if isinstance(widths, list) else 0
@@ -85,7 +77,7 @@ def network_fields(config: dict, what: str) -> Iterator[tuple[str, object]]:
     right = right and len(kinds) == levels and kinds[0] == plain
     yield "down_block_types", kinds if right else f"{plain}, then [Attn]DownBlock2D a level"
     yield "up_block_types", [kind.replace("Down", "Up").replace("Enc", "Dec") for kind in kinds[::-1]]
-    attended = {widths[level] for level in (*attention_levels(config), -1)}
+    attended = {widths[-1], *(w for w, kind in zip(widths, kinds, strict=True) if kind.startswith("Attn"))}
     right = is_count(head) and (attended == {head} or (what == "ldm" and not any(w % head for w in attended)))
     yield "attention_head_dim", head if right else None  # a DDPM has one head
     yield from NETWORKS[what].items()
@@ -113,12 +105,7 @@ def published_name(folder: Path) -> str:
 
 
 def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Settings, in the terms of our runs, and weights {our name: float32 tensor} of published weights.
-
-    A field that config.json leaves out has its default. UserError where the files describe another network
-    or other noise than that of the published models (T = 1000, eps, linear or, in an LDM, scaled_linear), or
-    a file is damaged or missing.
-    """
+    """Settings, in terms of our runs, and weights {our name: float32 tensor}; UserError if they don't fit."""
     path, pipeline, noise = file.parent / "config.json", file.parent / "..", NOISE
     theirs = read_json(path, "weights need the config.json that was published with them")
     inside = os.path.basename(os.path.abspath(file.parent)) == "unet"
@@ -177,6 +164,7 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     widths, size, codes = (theirs.get(n) for n in ("block_out_channels", "sample_size", "num_vq_embeddings"))
     form = {"head_dim": theirs.get("attention_head_dim"), "cosines": True, "shift": 0, "padding": 1}
     kind = "published_autoencoder" if what == "vqvae" else "published"
+    attention = [level for level, block in enumerate(theirs["down_block_types"]) if block.startswith("Attn")]
     return {
         **{"kind": kind, "name": published_name(path.parent), "dataset": None, "class_names": None},
         **{"form": form if what == "ldm" else None, "codes": codes, "scale": theirs.get("scaling_factor")},
@@ -188,7 +176,7 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
         },
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
         **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
-        **{"attention": attention_levels(theirs), "norm_groups": theirs["norm_num_groups"]},
+        **{"attention": attention, "norm_groups": theirs["norm_num_groups"]},
         **{"norm_eps": theirs["norm_eps"], "noise_steps": 1000, "schedule": "linear", "prediction": "eps"},
     }
 

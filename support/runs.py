@@ -17,7 +17,7 @@ from .files import damage, digest, new_path, quoted, read_csv, remove_leftovers,
 from .images import image_files
 from .processes import Processes
 from .published import PUBLISHED_FILES, load_published, published_file, published_name
-from .settings import COUNT, flag, setting, settings
+from .settings import COUNT, setting, settings
 
 
 @settings()
@@ -78,17 +78,6 @@ def fitting(path: object) -> Iterator[None]:
         raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
 
 
-def check_classifier(path: str, theirs: dict, model: dict, same: Sequence[str]) -> None:
-    """UserError unless a classifier has the classes of a model, and was trained with its settings `same`."""
-    for key in same:
-        if theirs[key] != model[key]:
-            trained = f"--classifier {path} was trained with {flag(key)} {theirs[key]}"
-            instead = f"train one with --task classifier {flag(key)} {model[key]}"
-            raise UserError(f"{trained}, the model with {model[key]}: {instead}")
-    if theirs["class_names"] != model["class_names"]:
-        raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
-
-
 def read_pickle(path: Path, instead: str) -> object:
     """What torch.save wrote, read onto the CPU without running code; UserError says what to use `instead`."""
     try:
@@ -118,9 +107,8 @@ def checkpoint_file(path: str | Path) -> Path:
     inside = sorted([*path.glob("*"), *path.glob("unet/*")])
     there = [p.name for p in inside if p.suffix in (".bin", ".safetensors")]
     if there or any((path / name).exists() for name in ("config.json", "model_index.json", "unet")):
-        needed = f"{path} holds no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}"
         cure = f", but {', '.join(there)}: rename one file, save shards as one" if there else ""
-        raise UserError(f"{needed}{cure}")
+        raise UserError(f"{path} holds no {' or '.join(('ckpt.pt', *PUBLISHED_FILES))}{cure}")
     raise UserError(f"no checkpoint {file}: name a run's folder, such as runs/ddpm_digits, or its ckpt.pt")
 
 
@@ -149,10 +137,7 @@ def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_ep
 
 @contextmanager
 def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) -> Iterator[Path]:
-    """The folder of a run, with its config.json: for a new run the one wanted, or the next free name.
-
-    Where a signal or the end of another process stops the run, its user is told how to go on with it.
-    """
+    """The folder of a run: `wanted`, or for a new one the next free name; a stopped run says how to go on."""
     run = wanted
     wanted.parent.mkdir(parents=True, exist_ok=True)
     while processes.first and not resumed:
@@ -181,25 +166,18 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
 
 
 def log_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> bool:
-    """Write rows, each of an epoch, to a CSV, in the place of rows of their first epoch and later ones.
-
-    False, and a note, where that fails: the caller keeps its rows, and writes them all next time.
-    """
+    """Write rows of epochs to a CSV, in the place of those from their first epoch on; False if that fails."""
     try:
         earlier = [row for row in read_csv(path) if row[0].isdecimal() and int(row[0]) < rows[0][0]]
         write_csv(path, [("epoch", *columns), *earlier, *rows])
     except OSError as error:
         note(f"{path} can't be written ({error.strerror}): close it elsewhere; its rows are written later")
-        return False
+        return False  # the caller keeps its rows, and writes them all next time
     return True
 
 
 def prepare_folders(samples: Path, out: str | None, made_with: str | None = None) -> Path:
-    """Make the folders for the grid and single images, -> that of the grid; UserError, before any work.
-
-    Where the run's can't be written to, the grid goes to a folder in `out`. `out` may hold images of the same
-    settings, `made_with`; others would be lost, or mixed with ours.
-    """
+    """Make the folders for the grid and single images, -> that of the grid; UserError, before any work."""
     if out and Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"--out {out} is a file: name a folder")
     try:
@@ -212,7 +190,7 @@ def prepare_folders(samples: Path, out: str | None, made_with: str | None = None
     for folder in (samples, Path(out or samples)):
         check_folder(folder)
     there = image_files(Path(out)) if out else []
-    if out and (there or (Path(out) / "metadata.jsonl").exists()):
+    if out and (there or (Path(out) / "metadata.jsonl").exists()):  # others would be lost, or mixed with ours
         if made_with is None or not there or any(text_in(path) != made_with for path in there):
             raise UserError(f"--out {out} already holds images of another making: name a new or empty folder")
         note(f"{out} holds {len(there)} images of this kind already: they are not drawn again")

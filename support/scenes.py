@@ -1,8 +1,8 @@
 """Drawn scenes of one or two coloured shapes, with captions: each is made from (seed, index) alone."""
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,24 +27,12 @@ HELD_OUT = set(dict(green="circle", yellow="square", orange="triangle", red="sta
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # the first's side
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One shape of a scene; radius and centre are in units of the image, the centre from the top left."""
-
-    colour: str
-    shape: str
-    size: str
-    radius: float
-    centre: tuple[float, float]
+# One shape of a scene; radius and centre (x, y) are in units of the image, the centre from the top left.
+Shape = namedtuple("Shape", "colour shape size radius centre")
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(namedtuple("Scene", "shapes background caption")):
     """One or two shapes on a background, and the caption that describes them."""
-
-    shapes: tuple[Shape, ...]
-    background: str
-    caption: str
 
     def draw(self, size: int) -> Image.Image:
         """The picture, RGB, size x size pixels; drawn four times as large and averaged, for smooth edges."""

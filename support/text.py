@@ -2,8 +2,8 @@
 
 import difflib
 import re
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -27,12 +27,8 @@ def words_of(caption: str) -> list[str]:
     return [word for part in caption.lower().split() if (word := part.strip(".,:;!?\"'()"))]
 
 
-@dataclass
-class Vocabulary:
+class Vocabulary(namedtuple("Vocabulary", "words max_tokens")):  # max_tokens is L
     """The words of a model's captions. The tokens (L,) of a caption are those of its words, END, then PAD."""
-
-    words: list[str]
-    max_tokens: int  # L
 
     @classmethod
     def of(cls, captions: Sequence[str]) -> "Vocabulary":
@@ -118,7 +114,7 @@ def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
     if data.captions is None:
         raise lacks(data, name, "captions")
     vocabulary, shown = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
-    keep = {"vocabulary": asdict(vocabulary), "examples": shown}
+    keep = {"vocabulary": vocabulary._asdict(), "examples": shown}
     return vocabulary.encode(data.captions), shown, vocabulary.encode(shown), keep
 
 
