@@ -84,7 +84,7 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
         defaults = default_network(size // factor, narrow, get_device(command["device"]).type == "cpu")
         if command["attention"] is None and multipliers:
             command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
-    defaults = {"patch": 1} | defaults
+    defaults = defaults | {"patch": 1} if multipliers else {"patch": 1} | defaults  # none in one's own levels
     command.settle({name: value for name, value in defaults.items() if command[name] is None}, typed=True)
     levels = len(command["multipliers"])
     divisor = command["patch"] * 2 ** (levels - 1) * factor

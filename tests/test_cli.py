@@ -1,5 +1,6 @@
 """The command line: sampling, what it prints and writes, and every error a user can cause."""
 
+import argparse
 import os
 import pickle
 import re
@@ -15,12 +16,14 @@ from PIL import Image
 
 import ddpm
 import ddpm_conditional
+import utils
 from modules import UNet
+from support.errors import UserError
 from support.files import new_path
 from support.images import image_files, to_uint8
-from support.launch import default_network
+from support.launch import default_network, load_data
 from support.pictures import make_grid
-from support.settings import flag, rows_of
+from support.settings import Parser, add_settings, flag, make_command, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -206,20 +209,44 @@ def test_real_cars_and_mnist(cli, data_root):
     for dataset in ("stanfordcars", "mnist"):
         result = cli(*TINY, "--dataset", dataset, "--data-root", data_root, "--image-size", 16)
         assert result.code == 0 and "48 images" in result.out
+        config = torch.load(f"runs/ddpm_{dataset}/ckpt.pt", weights_only=True)["config"]
+        loss = ("x_0", "min_snr") if dataset == "stanfordcars" else ("v", None)
+        assert (config["prediction"], config["weighting"]) == loss
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 28, 32, 48, 64, 96, 128, 256])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_default_networks_fit_their_sizes(image_size, narrow):
-    defaults = default_network(image_size, narrow)
+@pytest.mark.parametrize("cpu", [False, True])
+def test_default_networks_fit_their_sizes(image_size, narrow, cpu):
+    defaults = {"patch": 1} | default_network(image_size, narrow, cpu)
     with torch.device("meta"):
-        net = UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention")})
+        net = UNet(3, **{k: defaults[k] for k in ("width", "multipliers", "blocks", "attention", "patch")})
     assert image_size % net.divisor == 0 and 0 not in defaults["attention"]
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     if image_size <= 16:
         assert 0.7 < parameters < 1.5
-    if image_size == 64:
+    if image_size == 64 and not cpu:
         assert 15 < parameters < 25
+
+
+def settled(*flags):
+    """The settings of a run of so many flags, on eight images."""
+    parser = Parser(argument_default=argparse.SUPPRESS)
+    add_settings(parser, ddpm.GROUPS)
+    command = make_command(vars(parser.parse_args([*flags, "--limit", "8"])), ddpm.GROUPS.values())
+    load_data(command, utils.get_data, narrow=False)
+    return command
+
+
+def test_patches_are_the_default_of_a_cpu_where_levels_are_left_open():
+    size, cpu = ("--image-size", "64"), ("--device", "cpu")
+    assert [settled(*size, *cpu)[name] for name in ("patch", "width", "batch_size")] == [2, 32, 16]
+    assert settled(*size, *cpu, "--multipliers", "1", "2")["patch"] == 1  # a network of one's own
+    assert settled(*size, *cpu, "--multipliers", "1", "2", "--patch", "4")["patch"] == 4
+    assert settled(*cpu)["patch"] == 1  # at 16x16
+    wrong = r"--image-size 40 is not divisible by 16, as 3 levels .* on patches of 4 pixels: try 32 or 48"
+    with pytest.raises(UserError, match=wrong):
+        settled("--image-size", "40", "--multipliers", "1", "2", "4", "--patch", "4")
 
 
 @pytest.mark.parametrize("module", [ddpm, ddpm_conditional])

@@ -416,6 +416,21 @@ def test_downsampling_sets_the_levels(cli, tmp_path):
     assert len(config["multipliers"]) == 4 and config["latent_channels"] == 6
 
 
+def test_patches_halve_what_an_autoencoder_sees(cli, tmp_path):
+    flags = "--task autoencoder --limit 20 --epochs 1 --patch 2 --device cpu --width 4 --name"
+    assert cli(*flags.split(), "one", "--downsampling", 4).code == 0
+    config = json.loads((tmp_path / "runs/one/config.json").read_text())
+    assert len(config["multipliers"]) == 2 and config["patch"] == 2
+    assert cli(*flags.split(), "two", "--multipliers", 1, 2, 2).code == 0
+    assert json.loads((tmp_path / "runs/two/config.json").read_text())["downsampling"] == 8
+    assert "2 to 4 of them" in error_line(
+        cli(*flags.split(), "x", "--multipliers", 1, 2, "--downsampling", 2)
+    )
+    latent = "--epochs 1 --limit 20 --device cpu --width 4 --multipliers 1 2 --sample-steps 2".split()
+    assert cli(*latent, "--latent", "runs/one").code == 0
+    assert checkpoint(Path("runs/ddpm_digits"))["net"]["conv_in.weight"].shape[1] == 4  # latents, no patches
+
+
 def damage(state):
     yield "gone", {key: value for key, value in state.items() if key != "autoencoder"}
     yield "no dict", state | {"autoencoder": [1]}

@@ -59,8 +59,8 @@ def test_an_old_run_goes_on_as_it_would_have(old, script):
     assert [row["epoch"] for row in csv.DictReader(open(run / "log.csv"))] == ["1", "2", "3", "4"]
     config = json.loads((run / "config.json").read_text())
     assert OF_SAMPLES & before.keys() and config == state["config"] and not OF_SAMPLES & config.keys()
-    assert config == {key: before.get(key) for key in config} | {"epochs": 4}  # the settings of the run stay
-    newer = {"spacing", "latent", "downsampling", "latent_channels"}  # than the run
+    assert config == {key: before.get(key) for key in config} | {"epochs": 4, "patch": 1}  # the others stay
+    newer = {"spacing", "latent", "downsampling", "latent_channels", "patch"}  # than the run
     assert config.keys() - before.keys() == newer
 
 
