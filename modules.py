@@ -128,7 +128,7 @@ class UNetBlock(nn.Module):
 class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
-    Each square of patch x patch pixels becomes the channels of one position. Level i has width *
+    patch x patch pixels are the channels of one position (Hoogeboom et al. 2023). Level i has width *
     multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `attention` lists the
     levels with self-attention; the middle always has it. Level 0 has none: attention there costs sixteen
     times that of level 1. H and W must be divisible by `divisor` = patch * 2^(levels - 1), else ValueError.
@@ -138,11 +138,11 @@ class Encoder(nn.Module):
     context_dim = 0  # size of the tokens in the context, where a network has one
 
     def __init__(
-        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0.0, patch=1
+        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0, patch=1
     ):
         super().__init__()
-        if width < 4 or width % 2 or blocks < 1 or not multipliers or min(multipliers) < 1:
-            raise ValueError("width must be even and >= 4, blocks >= 1, multipliers a list of numbers >= 1")
+        if width < 4 or width % 2 or min(blocks, patch) < 1 or not multipliers or min(multipliers) < 1:
+            raise ValueError("width must be even and >= 4; blocks, patch and all of the multipliers >= 1")
         if any(not 0 < level < len(multipliers) for level in attention):
             where = f"between 1 (half resolution) and {len(multipliers) - 1}"
             raise ValueError(f"attention levels must lie {where}; there is none at full resolution, level 0")
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         size = tuple(x.shape[-2:])
         if size[0] % self.divisor or size[1] % self.divisor:
             raise ValueError(f"image {size}: height and width must be divisible by {self.divisor}")
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), from here on H / patch
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), from here on in patches
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
@@ -505,7 +505,7 @@ class PointMLP(nn.Module):
 class EMA:
     """Exponential moving average of a network's weights, in `self.net`: `ema <- d ema + (1 - d) net`.
 
-    d = min(decay, (1 + step) / (10 + step)) after `step` updates: the first weights are soon forgotten.
+    d = min(decay, (1 + step) / (10 + step)) after `step` updates, so the first weights are soon forgotten.
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.999):

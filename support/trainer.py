@@ -65,7 +65,7 @@ class Trainer:
         self.parts = {"net": net, "ema": self.ema.net, "optimizer": self.optimizer}  # of a checkpoint
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
-        self.skipped = 0  # of the steps, where a gradient overflowed float16; its loss scale then halves
+        self.skipped = 0  # of the steps: those whose gradient overflowed float16; the loss scale then halves
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
         self.tested = None  # it has a measure(averaged network) after each epoch, and its columns of log.csv
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
@@ -257,6 +257,8 @@ class Trainer:
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint[name])
+            if checkpoint.get("scaler"):  # it has one, if the run was in float16
+                self.scaler.load_state_dict(checkpoint["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint does not fit this network: {first_line(error)}") from None
         rng = checkpoint["rng"]
@@ -269,6 +271,4 @@ class Trainer:
             group["fused"] = self.optimizer.defaults["fused"]  # that of this device
         self.steps, self.loss_sum, self.resumed = checkpoint["step"], checkpoint["loss_sum"], True
         self.skipped = checkpoint.get("skipped", 0)
-        if checkpoint.get("scaler"):  # it has one, if the run was in float16
-            self.scaler.load_state_dict(checkpoint["scaler"])
         self.rows = checkpoint.get("log", [])  # older runs have them in log.csv alone

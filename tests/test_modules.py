@@ -62,7 +62,8 @@ def test_size_that_does_not_fit_is_told():
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(attention=(0,)), dict(attention=(3,)), dict(width=7), dict(blocks=0), dict(width=2)]
+    "bad",
+    [dict(attention=(0,)), dict(attention=(3,)), dict(width=7), dict(blocks=0), dict(width=2), dict(patch=0)],
 )
 def test_settings_that_make_no_network(bad):
     with pytest.raises(ValueError):
