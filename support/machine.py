@@ -59,25 +59,25 @@ def half_precision(precision: str, device: torch.device, net: torch.nn.Module) -
     """The 16-bit type to compute in, or None; "auto" takes one that gains. UserError where there is none."""
     if precision != "auto":
         half = PRECISIONS[precision]
-        return half if half is None or time_convolution(half, device) else None
+        return half if half is None or time_convolution(half, device, 16) else None
     if device.type == "cuda":  # tensor cores take float16 from 7.0 on, bfloat16 from 8.0 on
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else None
     widest = max((m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)), default=0)
-    if device.type != "cpu" or widest < 256:
+    if device.type != "cpu" or widest < 128:
         return None
-    times = [time_convolution(dtype, device) for dtype in (torch.bfloat16, torch.float32)]
+    times = [time_convolution(dtype, device, widest) for dtype in (torch.bfloat16, torch.float32)]
     return torch.bfloat16 if times[0] < 0.8 * times[1] else None  # some chips have it, and are slower in it
 
 
-def time_convolution(dtype: torch.dtype, device: torch.device) -> float:
+def time_convolution(dtype: torch.dtype, device: torch.device, channels: int) -> float:
     """Seconds that a convolution and its gradient take; UserError where the device has none in this type."""
     times = []
     try:
-        layer = torch.nn.Conv2d(256, 256, 3, device=device, dtype=dtype)
+        layer = torch.nn.Conv2d(channels, channels, 3, device=device, dtype=dtype)
         for _ in range(5):
             start = time.perf_counter()
-            layer(torch.ones(4, 256, 10, 10, device=device, dtype=dtype)).sum().backward()
+            layer(torch.ones(16, channels, 16, 16, device=device, dtype=dtype)).sum().backward()
             times.append(time.perf_counter() - start)
     except RuntimeError as error:
         why = f"{device} can't compute in {str(dtype).removeprefix('torch.')} ({first_line(error)})"

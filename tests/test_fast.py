@@ -128,8 +128,8 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(tmp_path):
 @pytest.mark.parametrize("bf16_takes, gains", [(0.5, True), (2.0, False)])
 def test_bf16_on_a_cpu_that_is_faster_in_it_and_where_layers_are_wide(monkeypatch, bf16_takes, gains):
     times = {torch.bfloat16: bf16_takes, torch.float32: 1.0}
-    monkeypatch.setattr(machine, "time_convolution", lambda dtype, device: times[dtype])
-    wide, narrow = (unet(width=32, multipliers=m) for m in ([1, 8], [1, 4]))
+    monkeypatch.setattr(machine, "time_convolution", lambda dtype, device, channels: times[dtype])
+    wide, narrow = (unet(width=32, multipliers=m) for m in ([1, 4], [1, 2]))
     assert half_precision("auto", CPU, wide) == (torch.bfloat16 if gains else None)
     assert half_precision("auto", CPU, narrow) is None
 
