@@ -8,7 +8,6 @@ Nichol 2021, https://arxiv.org/abs/2105.05233) and GLIDE (Nichol et al. 2021, ht
     python ddpm_conditional.py --dataset stanfordcars --epochs 80        Stanford Cars by class
     python ddpm_conditional.py --dataset shapes                          text to image
     python ddpm_conditional.py --task classifier                         for --guidance classifier
-    python ddpm_conditional.py --latent runs/autoencoder_stanfordcars    Stanford Cars by class, in latents
 """
 
 import support.environment  # isort: skip  # noqa: F401 (before torch)

@@ -23,10 +23,10 @@ from support.text import END, PAD
 
 @settings()
 class NetworkSettings:  # None: by image size, see default_network in support/launch.py
-    width: int | None = setting(None, "channels at full resolution", "N", whole(4))
+    width: int | None = setting(None, "channels of level 0", "N", whole(4))
     multipliers: list | None = setting(None, "multiples of the width, one a level", "M", COUNT, nargs="+")
     blocks: int | None = setting(None, "residual blocks a level", "N", COUNT)
-    attention: list | None = setting(None, "levels with attention; 1 is half size", "LEVEL", int, nargs="*")
+    attention: list | None = setting(None, "levels with attention, from 1 on", "LEVEL", int, nargs="*")
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
     patch: int | None = setting(None, "side of the squares of pixels that are one position", "N", COUNT)
 
@@ -144,8 +144,8 @@ class Encoder(nn.Module):
         if width < 4 or width % 2 or min(blocks, patch) < 1 or not multipliers or min(multipliers) < 1:
             raise ValueError("width must be even and >= 4; blocks, patch and all of the multipliers >= 1")
         if any(not 0 < level < len(multipliers) for level in attention):
-            where = f"between 1 (half resolution) and {len(multipliers) - 1}"
-            raise ValueError(f"attention levels must lie {where}; there is none at full resolution, level 0")
+            where = f"between 1 (half the resolution of level 0) and {len(multipliers) - 1}"
+            raise ValueError(f"attention levels must lie {where}; level 0 has none")
         self.width, self.patch, self.emb_dim = width, patch, 4 * width * self.timed
         self.divisor = patch * 2 ** (len(multipliers) - 1)
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]

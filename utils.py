@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from support import cars, scenes
-from support.cache import decode, decoded, fingerprint, joined
+from support.cache import cached, decode, fingerprint, joined
 from support.errors import UserError, note
 from support.files import damage
 from support.images import READ, image_files, labelled_folders, note_skipped, read_captions, splits_of
@@ -358,7 +358,8 @@ def get_data(
     else:
         key = fingerprint(images, source.root)
         cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{key}.npy"
-        array, kept = decoded(images, cache_file, size, channels, workers or os.cpu_count() or 1)
+        shape, workers = (len(images), channels, size, size), workers or os.cpu_count() or 1
+        array, kept = cached(cache_file, shape, lambda: decode(images, size, channels, workers))
     skipped = [str(images[i]) for i in np.setdiff1d(np.arange(len(images)), kept)]
     if skipped:
         note_skipped(skipped)

@@ -66,12 +66,6 @@ def joined(chunks: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks), np.concatenate(kept).astype(np.int64)
 
 
-def decoded(images: Pictures, cache_file: Path, size: int, channels: int, workers: int) -> tuple:
-    """The images that can be read, (M, C, size, size) uint8, and their positions (M,), as in `cached`."""
-    shape = (len(images), channels, size, size)
-    return cached(cache_file, shape, lambda: decode(images, size, channels, workers))
-
-
 def cached(cache_file: Path, shape: tuple[int, ...], make: Callable, dtype=np.uint8) -> tuple:
     """The images that make() yields in chunks, (M, ...) of the N of a `shape`, and their positions (M,)."""
     why = "it was removed at once"

@@ -1,5 +1,6 @@
 """The device, the precision and the compilation of a network, and progress bars."""
 
+import math
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .errors import UserError, first_line, is_out_of_memory, note
+from .processes import join_processes
 from .settings import setting, settings, whole
 
 PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,29 +61,39 @@ def half_precision(precision: str, device: torch.device, net: torch.nn.Module) -
     """The 16-bit type to compute in, or None; "auto" takes one that gains. UserError where there is none."""
     if precision != "auto":
         half = PRECISIONS[precision]
-        return half if half is None or time_convolution(half, device, 16) else None
+        if half and time_convolution(half, device) == math.inf:
+            raise UserError(f"{device} can't compute in {precision}: use --precision fp32")
+        return half
     if device.type == "cuda":  # tensor cores take float16 from 7.0 on, bfloat16 from 8.0 on
         capability = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if capability >= (8, 0) else torch.float16 if capability >= (7, 0) else None
     widest = max((m.out_channels for m in net.modules() if isinstance(m, torch.nn.Conv2d)), default=0)
     if device.type != "cpu" or widest < 128:
         return None
-    times = [time_convolution(dtype, device, widest) for dtype in (torch.bfloat16, torch.float32)]
-    return torch.bfloat16 if times[0] < 0.8 * times[1] else None  # some chips have it, and are slower in it
+    single, half = (time_convolution(dtype, device) for dtype in (torch.float32, torch.bfloat16))
+    # some chips have bfloat16, and are slower in it
+    return join_processes(device).broadcast(torch.bfloat16 if half < 0.8 * single else None)
 
 
-def time_convolution(dtype: torch.dtype, device: torch.device, channels: int) -> float:
-    """Seconds that a convolution and its gradient take; UserError where the device has none in this type."""
-    times = []
+def time_convolution(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds that a convolution and its gradient take; infinite where the device has none in this type."""
+    times, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)  # several, which wait for each other, measure what else the machine does
     try:
-        layer = torch.nn.Conv2d(channels, channels, 3, device=device, dtype=dtype)
+        layer = torch.nn.Conv2d(128, 128, 3, device=device)
+        conv = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)(layer)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         for _ in range(5):
             start = time.perf_counter()
-            layer(torch.ones(16, channels, 16, 16, device=device, dtype=dtype)).sum().backward()
+            scaler.scale(conv(torch.ones(4, 128, 16, 16, device=device)).float().mean()).backward()
             times.append(time.perf_counter() - start)
-    except RuntimeError as error:
-        why = f"{device} can't compute in {str(dtype).removeprefix('torch.')} ({first_line(error)})"
-        raise UserError(f"{why}: use --precision fp32") from None
+        scaler.unscale_(torch.optim.SGD(layer.parameters()))
+    except (RuntimeError, TypeError) as error:  # of a type or an operation that the device does not have
+        if is_out_of_memory(error):
+            raise
+        return math.inf
+    finally:
+        torch.set_num_threads(threads)
     return min(times)
 
 

@@ -65,7 +65,6 @@ class Trainer:
         self.parts = {"net": net, "ema": self.ema.net, "optimizer": self.optimizer}  # of a checkpoint
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
-        self.skipped = 0  # of the steps: those whose gradient overflowed float16; the loss scale then halves
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
         self.tested = None  # it has a measure(averaged network) after each epoch, and its columns of log.csv
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
@@ -76,6 +75,8 @@ class Trainer:
         half = half_precision(machine.precision, device, net)
         self.autocast = torch.autocast(device.type, half) if half else nullcontext()
         self.scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+        self.scale = self.scaler.get_scale()  # of the loss; 1, but in float16
+        self.skipped = 0  # of the steps: those whose gradient overflowed; the scale then halves
         if half:
             net.forward = self.autocast(net.forward)
         self.net = net  # the network to be called
@@ -106,6 +107,7 @@ class Trainer:
                     bar.update(batch)
                     self.after_step(stop.is_set(), bar, started)
                 self.check_losses()
+                self.tell_time()
                 loss, self.loss_sum, took = self.loss_sum / per_epoch, 0.0, time.monotonic() - started
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
@@ -146,28 +148,29 @@ class Trainer:
         if self.last_part:
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.weights.parameters(), self.settings.clip_grad)
-            before = self.scaler.get_scale()  # 1, but in float16
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if (scale := self.scaler.get_scale()) < before:
+            before, self.scale = self.scale, self.scaler.get_scale()
+            if self.scale < before:
                 self.skipped, norm = self.skipped + 1, torch.zeros_like(norm)
             else:
                 self.ema.update(self.weights, self.steps - self.skipped)
             self.steps += 1
             self.pending.append(torch.stack([self.loss.float(), norm.detach().float()]))
-            if scale < 1:  # then gradients are above 65504 by themselves
+            if self.scale < 1:  # then gradients are above 65504 by themselves
                 raise self.lost("loss scale of fp16 fell to nothing", self.steps)
 
     def after_step(self, stopping: bool, bar: tqdm, started: float) -> None:
         """Look at the losses now and then; save in a long epoch; save and stop after a signal."""
         per_epoch = self.loader.batches
-        if self.machine.compile and self.steps == self.first_step:
-            self.pending[-1].tolist()  # waits for the device
-            tqdm.write(f"the first step took {time.monotonic() - started:.0f} s, with compilation")
+        if self.steps == self.first_step:
+            if self.machine.compile:
+                self.pending[-1].tolist()  # waits for the device
+                tqdm.write(f"the first step took {time.monotonic() - started:.0f} s, with compilation")
+            self.began = time.monotonic()
         if len(self.pending) >= CHECK_EVERY:
             self.check_losses()
-            if not self.told:
-                self.tell_time(bar)
+            self.tell_time()
             bar.set_postfix(loss=f"{self.loss_sum / ((self.steps - 1) % per_epoch + 1):.4f}", refresh=False)
         stopping, late = self.processes.any(stopping, time.monotonic() - self.saved_at > SAVE_SECONDS)
         if self.steps % per_epoch and (stopping or late):
@@ -175,13 +178,14 @@ class Trainer:
             if stopping:
                 raise Stopped
 
-    def tell_time(self, bar: tqdm) -> None:
-        """Say how long a long run will take, and what takes less."""
-        self.told, done = True, bar.format_dict
-        hours = done["elapsed"] / (done["n"] - done["initial"]) * (bar.total - done["n"]) / 3600
-        if hours > 1:
-            less = "fewer --epochs, a smaller --image-size, or --latent RUN"
-            tqdm.write(f"time     about {hours:.1f} hours; what takes less: {less}")
+    def tell_time(self) -> None:
+        """Say, once, how long a long run will take, and what takes less."""
+        done, left = self.steps - self.first_step, self.settings.epochs * self.loader.batches - self.steps
+        if done and not self.told:
+            self.told, hours = True, (time.monotonic() - self.began) / done * left / 3600
+            if hours > 1:
+                less = "fewer --epochs, a smaller --image-size, or latents (docs/latents.md)"
+                tqdm.write(f"time     about {hours:.1f} hours; what takes less: {less}")
 
     def after_epoch(self, epoch: int, stopping: bool) -> None:
         """Save, log, stop after a signal, draw a preview."""
@@ -224,9 +228,8 @@ class Trainer:
     def lost(self, what: str, step: int) -> UserError:
         """The error of a run that has nothing more to learn from."""
         cure = "a lower --lr" + " or --precision fp32" * self.scaler.is_enabled()
-        return UserError(
-            f"the {what} at step {step}: try {cure}; {self.run / 'ckpt.pt'} holds the last good weights"
-        )
+        kept = f"{self.run / 'ckpt.pt'} holds the last good weights"
+        return UserError(f"the {what} at step {step}: try {cure}; {kept}")
 
     def save(self) -> None:
         """Write ckpt.pt in one step; UserError where that fails, and the previous one is still whole."""
@@ -259,6 +262,7 @@ class Trainer:
                 part.load_state_dict(checkpoint[name])
             if checkpoint.get("scaler"):  # it has one, if the run was in float16
                 self.scaler.load_state_dict(checkpoint["scaler"])
+                self.scale = self.scaler.get_scale()
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the checkpoint does not fit this network: {first_line(error)}") from None
         rng = checkpoint["rng"]

@@ -43,6 +43,7 @@ from support.trainer import CHECK_EVERY
 from utils import get_data
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS |= {"fp16": torch.float16} if torch.cuda.is_available() else {}
 YARDSTICK = dict(width=64, multipliers=[1, 2, 4, 4], blocks=2, attention=[2, 3])  # at 64x64, batch 12
 GROWTH = 4  # from one batch to the next
 SPIN = {"GOMP_SPINCOUNT": "100000", "KMP_BLOCKTIME": "1"}  # as support/environment.py has them
@@ -50,7 +51,9 @@ PARTS = ("data", "forward", "backward", "optimizer", "EMA", "logging")
 
 
 def defaults(size: int) -> dict:
-    """The default network and training for images of that size, as for MNIST at 28 and photographs at 32."""
+    """The default network and training of a GPU for images of that size, as for MNIST at 28 and photographs
+    at 32.
+    """
     return default_network(size, narrow=size == 28)
 
 
@@ -104,7 +107,7 @@ class Training:
         self.flops = counter.get_total_flops()  # of a step, as PyTorch counts them
         if compile:
             machine.compile_forward(self.net, graphs=device.type == "cuda")
-        if precision == "bf16":
+        if precision != "fp32":
             self.net.forward = torch.autocast(device.type, PRECISIONS[precision])(self.net.forward)
 
     def batch(self) -> torch.Tensor:
@@ -199,7 +202,7 @@ def memory_of_training(net: torch.nn.Module, loss_fn: Callable, images: torch.Te
 def counted(size: int, batch: int, precision: str) -> int:
     """The bytes that training the default network takes with such a batch."""
     net = make_unet(size)
-    if precision == "bf16":
+    if precision != "fp32":
         net.forward = torch.autocast("cpu", torch.bfloat16)(net.forward)
     image = torch.zeros(1, channels_of(size), size, size, dtype=torch.uint8)
     fixed, each = memory_of_training(net, Diffusion().loss, image)
@@ -242,7 +245,8 @@ def free_memory(device: torch.device) -> float:
 
 
 def default_precision(size: int, device: torch.device) -> str:
-    return "bf16" if machine.half_precision("auto", device, make_unet(size)) else "fp32"
+    half = machine.half_precision("auto", device, make_unet(size))
+    return next(name for name, dtype in PRECISIONS.items() if dtype == (half or torch.float32))
 
 
 def speed(
@@ -273,7 +277,7 @@ def speed(
 
 
 def yardstick(device: torch.device, rates: dict, repeats: int) -> dict:
-    """A step of the default network at 64x64 with all that is on by default, and one of the yardstick.
+    """A step of a GPU's default network at 64x64 with all that is on by default, and one of the yardstick.
 
     The yardstick computes in bf16 everywhere, so on a CPU that has no bf16 the ratio says little.
     """

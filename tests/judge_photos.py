@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from support.errors import UserError, run_main
-from support.files import digest
+from support.files import digest, replacing
 from support.generators import seeded_generator
 from support.machine import progress
 from support.measures import frechet_distance
@@ -70,7 +70,9 @@ class Judge:
         path = Path(folder) / f"judge_{ENLARGED}_{digest(images)[:16]}.npy"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, self.features(images).numpy())
+            found = self.features(images).numpy()
+            with replacing(path) as file:
+                np.save(file, found)
         return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
@@ -109,9 +111,9 @@ def floor(real: Tensor, axes: Tensor, n: int, draws: int = 3) -> dict[str, float
     return {name: sum(one[name] for one in found) / draws for name in found[0]}
 
 
-def load(path: str, size: int | None) -> Tensor:
+def load(path: str, size: int | None, cache: str) -> Tensor:
     """The images of a folder or of an array, uint8 (N, 3, H, W)."""
-    return utils.get_data("folder", path, image_size=size, channels=3).images
+    return utils.get_data("folder", path, image_size=size, channels=3, cache_dir=cache).images
 
 
 def main():
@@ -128,8 +130,11 @@ def main():
     axes = principal_axes(real)
     shown = "{:9.2f} {:9.2f}  {}".format
     print(f"{'Frechet':>9} {'1000 KID':>9}")
-    sets = {path: load(path, size) for path in args.samples}
+    sets = {path: load(path, size, cache) for path in args.samples}
     for n in sorted({len(images) for images in sets.values()}):
+        if n > len(real) // 2:
+            print(f"no floor for {n} images: too few real ones are left to compare as many with")
+            continue
         print(shown(*floor(real, axes, n).values(), f"real images: {n} against the other {len(real) - n}"))
     for path, images in sets.items():
         print(shown(*distances(judge.features(images), real, axes).values(), f"{path}: {len(images)} images"))

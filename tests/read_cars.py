@@ -92,6 +92,10 @@ def main():
         if not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder} has no metadata.jsonl: write it with --sample N --out {folder}")
         lines = [json.loads(line) for line in open(folder / "metadata.jsonl", encoding="utf-8")]
+        if any("guidance_scale" not in line for line in lines):
+            raise UserError(
+                f"{folder} holds images of another making: ddpm_conditional.py --sample makes them"
+            )
         for scale in sorted({line["guidance_scale"] for line in lines}):
             some = [line for line in lines if line["guidance_scale"] == scale]
             x = read_images([str(folder / line["file_name"]) for line in some], size, 3)

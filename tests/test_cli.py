@@ -276,7 +276,7 @@ def test_help_names_every_flag_with_its_default(script, module):
         ("--dataset folder --data-root .", "holds no images"),
         ("--image-size 18", "--image-size 18 is not divisible by 4, as 3 levels need it: try 16 or 20"),
         ("--image-size 9 --multipliers 1 2 2 2 2", "not divisible by 16, as 5 levels need it: try 16"),
-        ("--attention 0", "none at full resolution"),
+        ("--attention 0", "level 0 has none"),
         ("--width 7", "width must be even"),
         ("--resume nowhere", "no checkpoint nowhere"),
         ("--sample 4 --checkpoint nowhere", "no checkpoint nowhere"),

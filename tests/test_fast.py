@@ -128,7 +128,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradient(tmp_path):
 @pytest.mark.parametrize("bf16_takes, gains", [(0.5, True), (2.0, False)])
 def test_bf16_on_a_cpu_that_is_faster_in_it_and_where_layers_are_wide(monkeypatch, bf16_takes, gains):
     times = {torch.bfloat16: bf16_takes, torch.float32: 1.0}
-    monkeypatch.setattr(machine, "time_convolution", lambda dtype, device, channels: times[dtype])
+    monkeypatch.setattr(machine, "time_convolution", lambda dtype, device: times[dtype])
     wide, narrow = (unet(width=32, multipliers=m) for m in ([1, 4], [1, 2]))
     assert half_precision("auto", CPU, wide) == (torch.bfloat16 if gains else None)
     assert half_precision("auto", CPU, narrow) is None
@@ -151,8 +151,10 @@ def test_a_precision_is_as_asked_for_or_an_error(cli, monkeypatch):
     def refuse(*inputs, **options):
         raise RuntimeError('"conv2d" not implemented for this type\nsecond line')
 
-    monkeypatch.setattr(torch.nn, "Conv2d", refuse)
-    with pytest.raises(UserError, match=r"^cpu can't compute in float16 .*: use --precision fp32$"):
+    wide = unet(width=32, multipliers=[1, 4])
+    monkeypatch.setattr(torch.nn.functional, "conv2d", refuse)
+    assert half_precision("auto", CPU, wide) is None
+    with pytest.raises(UserError, match=r"^cpu can't compute in fp16: use --precision fp32$"):
         half_precision("fp16", CPU, None)
 
 

@@ -269,6 +269,15 @@ def test_a_latent_run_goes_on_without_its_autoencoder(runs, cli):
     assert checkpoint(runs / "ddpm_digits")["autoencoder"]["scale"] == state["autoencoder"]["scale"]
 
 
+def test_a_latent_run_from_before_there_were_patches(runs, cli):
+    state = checkpoint(runs / "ddpm_digits")
+    for part in (state, state["autoencoder"]):
+        del part["config"]["patch"]
+    torch.save(state, runs / "ddpm_digits/ckpt.pt")
+    assert cli("--sample", 1, "--checkpoint", runs / "ddpm_digits", "--sample-steps", 1).code == 0
+    assert cli("--resume", runs / "ddpm_digits", "--epochs", 3).code == 0
+
+
 def test_samples_are_decoded_and_carry_their_autoencoder(runs, cli, tmp_path):
     shutil.rmtree(runs / "autoencoder_digits")
     sample = ("--sample", 3, "--checkpoint", runs / "ddpm_digits", "--sample-steps", 3, "--device", "cpu")

@@ -32,7 +32,7 @@ import ddpm
 import utils
 from ddpm import SamplerSettings
 from modules import EMA, make_network
-from support.errors import run_main
+from support.errors import UserError, run_main
 from support.images import to_uint8
 from support.launch import load_data
 from support.loader import Loader
@@ -76,8 +76,8 @@ def stepper(arm: Arm):
     net, diffusion = arm.make()
     optimizer, ema = torch.optim.AdamW(net.parameters(), fused=arm.device.type != "mps"), EMA(net)
     x_0, _ = next(arm.loader().epoch(0))
-    if half_precision(arm.command["precision"], arm.device, net):
-        net.forward = torch.autocast(arm.device.type, torch.bfloat16)(net.forward)
+    if half := half_precision(arm.command["precision"], arm.device, net):
+        net.forward = torch.autocast(arm.device.type, half)(net.forward)
 
     def step() -> float:
         start = time.perf_counter()
@@ -180,9 +180,13 @@ def main() -> None:
     parser.add_argument("--out", default="tune.csv")
     parser.add_argument("--grids", metavar="DIR")
     base = parser.parse_args()
+    out = Path(base.out)
+    if out.is_file() and ("kid" in out.read_text().splitlines()[0].split(",")) != base.photos:
+        raise UserError(f"{out} is a table of the other judge: name another with --out")
     shared = ["--dataset", base.dataset, "--data-root", base.data_root]
     shared += ["--limit", str(base.limit)] if base.limit else []
     shared += ["--image-size", str(base.image_size)] if base.image_size else []
+    shared += ["--channels", "3"] if base.photos else []
     plain, sampling = make_arm(base.reference_arm, shared), SamplerSettings(base.sampler, base.steps)
     n = min(base.samples, len(plain.images) // 2)
     if base.photos:
