@@ -40,7 +40,7 @@ from support.machine import MachineSettings, get_device, half_precision, to_devi
 from support.measures import frechet_distance, quality
 from support.pictures import make_grid, save_picture
 from support.settings import Command, Parser, add_settings, make_command
-from support.trainer import Trainer, TrainingSettings
+from support.trainer import CHECK_EVERY, Trainer, TrainingSettings
 
 
 @dataclass
@@ -112,6 +112,8 @@ def trained(arm: Arm, steps: int) -> tuple[torch.nn.Module, ddpm.Diffusion]:
         for batch, _ in islice(chain.from_iterable(passes), steps):
             for x_0, y, generator in trainer.parts_of(batch, None, len(batch)):
                 trainer.step(diffusion.loss(trainer.net, x_0, y, generator))
+            if len(trainer.pending) >= CHECK_EVERY:  # thousands of them would scatter the memory
+                trainer.check_losses()
         trainer.check_losses()
     return trainer.ema.net, diffusion
 
