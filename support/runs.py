@@ -53,8 +53,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
     if missing or not isinstance(checkpoint["config"], dict):
         raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
-    for part in (checkpoint, checkpoint.get("autoencoder") or {}):
-        part.get("config", {}).setdefault("patch", 1)  # runs made before there were patches
+    checkpoint["config"].setdefault("patch", 1)  # runs made before there were patches
     return checkpoint
 
 
