@@ -48,11 +48,11 @@ def default_network(image_size: int, narrow: bool = False, cpu: bool = False) ->
         if image_size % 8:  # too few halvings for four levels: 1.3 M
             return dict(width=16, multipliers=[1, 2, 6], blocks=1, attention=[2], batch_size=32, lr=2e-3)
         return dict(width=16, multipliers=[1, 2, 4, 8], blocks=1, attention=[2, 3], batch_size=32, lr=2e-3)
-    if image_size <= 32:  # 4.0 M
-        return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
-    if image_size <= 64 and cpu:  # 2.8 M: 80 epochs of Stanford Cars in under 3 hours on 2 cores
+    if image_size <= 64 and cpu and image_size % 8 == 0:  # 2.8 M: 80 epochs of cars in under 3 hours
         network = dict(patch=2, width=32, multipliers=[1, 2, 4], blocks=1, attention=[1, 2])
         return network | dict(batch_size=16, lr=1e-3)
+    if image_size <= 32:  # 4.0 M
+        return dict(width=32, multipliers=[1, 2, 4], blocks=2, attention=[1, 2], batch_size=64, lr=1e-3)
     if image_size <= 64:  # 16 M
         return dict(width=48, multipliers=[1, 2, 4, 6], blocks=1, attention=[2, 3], batch_size=64, lr=5e-4)
     levels = max(5, round(math.log2(image_size / 8)) + 1)  # the lowest has about 8 pixels
@@ -81,7 +81,8 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
         factor, defaults = 1, default_autoencoder(size, settle_levels(command))
     else:
         factor = command["downsampling"] if command["latent"] else 1
-        defaults = default_network(size // factor, narrow, get_device(command["device"]).type == "cpu")
+        cpu = get_device(command["device"]).type == "cpu" and factor == 1  # latents are small already
+        defaults = default_network(size // factor, narrow, cpu)
         if command["attention"] is None and multipliers:
             command.settle({"attention": [len(multipliers) - 1] if len(multipliers) > 1 else []}, typed=True)
     defaults = defaults | {"patch": 1} if multipliers else {"patch": 1} | defaults  # none in one's own levels

@@ -240,7 +240,8 @@ def settled(*flags):
 
 def test_patches_are_the_default_of_a_cpu_where_levels_are_left_open():
     size, cpu = ("--image-size", "64"), ("--device", "cpu")
-    assert [settled(*size, *cpu)[name] for name in ("patch", "width", "batch_size")] == [2, 32, 16]
+    for larger in (size, ("--image-size", "32")):
+        assert [settled(*larger, *cpu)[name] for name in ("patch", "width", "batch_size")] == [2, 32, 16]
     assert settled(*size, *cpu, "--multipliers", "1", "2")["patch"] == 1  # a network of one's own
     assert settled(*size, *cpu, "--multipliers", "1", "2", "--patch", "4")["patch"] == 4
     assert settled(*cpu)["patch"] == 1  # at 16x16
