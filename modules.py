@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         size = tuple(x.shape[-2:])
         if size[0] % self.divisor or size[1] % self.divisor:
             raise ValueError(f"image {size}: height and width must be divisible by {self.divisor}")
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), from here on in patches
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), now counted in patches
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:

@@ -51,9 +51,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "EMA", "logging")
 
 
 def defaults(size: int) -> dict:
-    """The default network and training of a GPU for images of that size, as for MNIST at 28 and photographs
-    at 32.
-    """
+    """A GPU's default network and training for that image size, as for MNIST at 28, photographs at 32."""
     return default_network(size, narrow=size == 28)
 
 

@@ -208,7 +208,7 @@ def main() -> None:
             row |= {"images": steps * arm.command["batch_size"]}
             x = drawn(net, diffusion, arm, sampling, n)
             row |= {key: round(value, 4) for key, value in judge(x).items()}
-            add_row(Path(base.out), row)
+            add_row(out, row)
             if base.grids:
                 name = re.sub(r"[^a-z0-9.]+", "_", f"{flags} {base.minutes:g} {seed}".lower()).strip("_")
                 caption = f"{flags or 'the defaults'}: Frechet {row['frechet']:.1f}"
