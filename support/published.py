@@ -168,15 +168,10 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     return {
         **{"kind": kind, "name": published_name(path.parent), "dataset": None, "class_names": None},
         **{"form": form if what == "ldm" else None, "codes": codes, "scale": theirs.get("scaling_factor")},
-        **{
-            "latent_channels": theirs.get("latent_channels"),
-            "weighting": None,
-            "sampler": "ddim",
-            "patch": 1,
-        },
+        **{"latent_channels": theirs.get("latent_channels"), "weighting": None, "sampler": "ddim"},
         **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
         **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
-        **{"attention": attention, "norm_groups": theirs["norm_num_groups"]},
+        **{"attention": attention, "norm_groups": theirs["norm_num_groups"], "patch": 1},
         **{"norm_eps": theirs["norm_eps"], "noise_steps": 1000, "schedule": "linear", "prediction": "eps"},
     }
 
