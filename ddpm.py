@@ -571,7 +571,7 @@ GROUPS = {
     "task": TaskSettings,
     "latent diffusion": LatentSettings,
     "data": utils.DataSettings,
-    "network (defaults: by image size)": NetworkSettings,
+    "network (defaults: by image size, data set and device, see docs/tuning.md)": NetworkSettings,
     "diffusion": DiffusionSettings,
     "training": TrainingSettings,
     "run": runs.RunSettings,

@@ -307,7 +307,7 @@ DEFAULTS = {  # the settings that suit a data set, where the command line leaves
     "shapes": {"epochs": 5, "batch_size": 16, ("prediction", "weighting"): ("eps", "p2"), "sampler": "ddpm"},
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
-FLIP = "mirror images at random, one in two (default: yes; no for digits, mnist, shapes and captioned)"
+FLIP = "mirror one in two images (default: yes; no for digits, mnist, shapes and folders with captions)"
 
 
 @settings()

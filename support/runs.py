@@ -22,7 +22,7 @@ from .settings import COUNT, setting, settings
 
 @settings()
 class RunSettings:
-    name: str | None = setting(None, "run's folder (default: the script and the data set)", "NAME")
+    name: str | None = setting(None, "run's folder (default: kind and data set, as ddpm_digits)", "NAME")
     runs: str = setting("runs", "directory of the run folders", "DIR")
     resume: str | None = setting(None, "run to go on with, with its settings", "RUN", resume=True)
 
