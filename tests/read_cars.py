@@ -79,7 +79,9 @@ def main():
     args = parser.parse_args()
     size, cache = args.image_size, args.cache_dir
     data = utils.get_data("stanfordcars", args.data_root, image_size=size, cache_dir=cache)
-    judge, of_class = Judge(), [body_of(name) for name in data.class_names]
+    judge, of_class = Judge(), [body_of(name) for name in data.class_names or ()]
+    if not any(body is not None for body in of_class):
+        raise UserError(f"no class name in {args.data_root} has a body type: they take pip install scipy")
     real = judge.real(data.images, cache)
     axes, bodies = principal_axes(real), [of_class[label] for label in data.labels.tolist()]
     known = torch.tensor([i for i, body in enumerate(bodies) if body is not None])
@@ -92,7 +94,7 @@ def main():
         if not (folder / "metadata.jsonl").is_file():
             raise UserError(f"{folder} has no metadata.jsonl: write it with --sample N --out {folder}")
         lines = [json.loads(line) for line in open(folder / "metadata.jsonl", encoding="utf-8")]
-        if any("guidance_scale" not in line for line in lines):
+        if not lines or any("guidance_scale" not in line for line in lines):
             raise UserError(
                 f"{folder} holds images of another making: ddpm_conditional.py --sample makes them"
             )

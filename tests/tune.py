@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import support.environment  # isort: skip  # noqa: F401 (before torch)
 import judge_photos
+import torch
 
 import analysis
 import ddpm
