@@ -301,7 +301,7 @@ VARIANCES = ("posterior", "beta")
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
-is plain MSE on eps, also of v (default: plain MSE on the output; min_snr for stanfordcars, p2 for shapes)"""
+is plain MSE on eps (default: plain MSE on the output; min_snr or clamped_snr for cars, p2 for shapes)"""
 PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars, eps for shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"

@@ -137,6 +137,7 @@ WEIGHTINGS = {
     "simple": torch.ones_like,  # w = 1: plain MSE on eps, DDPM's L_simple (Ho et al. 2020, eq. 14)
     "p2": p2,
     "min_snr": min_snr,
+    "clamped_snr": lambda snr: snr.clamp(1, 5) / snr,  # min_snr, but never below plain MSE on x_0
     "x_0": lambda snr: 1 / snr,  # plain MSE on x_0
     "v": lambda snr: (1 + snr) / snr,  # plain MSE on v (Salimans & Ho 2022)
 }
@@ -349,7 +350,6 @@ def get_data(
     if limit is not None and not drawn:
         source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
     size, channels = image_size or source.image_size, channels or source.channels
-
     images, colour = source.images, "rgb" if channels == 3 else "gray"
     if isinstance(images, np.memmap) and images.shape[1:] == (size, size, channels):  # needs no decoding
         array, kept = images.transpose(0, 3, 1, 2), np.arange(len(images))

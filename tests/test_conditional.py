@@ -207,6 +207,14 @@ def test_init_starts_from_an_unconditional_run(conditional, runs):
     assert torch.allclose(net(x, t, torch.tensor([0, 5, 10])), unet(x, t), atol=1e-5)
 
 
+def test_each_class_begins_with_a_code_and_the_null_label_with_none(conditional):
+    flags = "--limit 16 --epochs 1 --sample-steps 2 --device cpu --lr 1e-12 --weight-decay 0"
+    assert conditional(*flags.split()).code == 0
+    rows = torch.load("runs/ddpm_conditional_digits/ckpt.pt", weights_only=True)["net"]["label_embedding.weight"]
+    assert rows[-1].abs().max() < 1e-8 and torch.linalg.matrix_rank(rows) == 10
+    assert 0.4 < rows[:-1].std() < 0.6  # N(0, 0.5^2)
+
+
 def test_init_serves_captions_too(conditional, runs):
     result = conditional(
         *"--dataset shapes --limit 32 --epochs 1 --sample-steps 2 --device cpu --init".split(),
@@ -263,6 +271,9 @@ def test_real_captions_train(conditional, data_root):
     assert scipy_there and conditional(*TINY, *cars, "--condition", "text", "--name", "cars").code == 0
     words = torch.load("runs/cars/ckpt.pt", weights_only=True)["vocabulary"]["words"]
     assert {"a", "photo", "of"} < set(words)
+    for name in ("classes", "cars"):
+        config = torch.load(f"runs/{name}/ckpt.pt", weights_only=True)["config"]
+        assert (config["prediction"], config["weighting"]) == ("x_0", "clamped_snr")
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def test_weightings():
     assert (WEIGHTINGS["simple"](SNR) == 1).all()
     assert torch.allclose(WEIGHTINGS["p2"](SNR, gamma=0.5, k=2.0), (2 + SNR) ** -0.5)
     assert torch.allclose(WEIGHTINGS["min_snr"](SNR, gamma=5.0), torch.minimum(5 / SNR, torch.ones_like(SNR)))
+    clamped = torch.maximum(WEIGHTINGS["min_snr"](SNR), WEIGHTINGS["x_0"](SNR))  # whichever is more
+    assert torch.allclose(WEIGHTINGS["clamped_snr"](SNR), clamped)
     assert torch.allclose(WEIGHTINGS["x_0"](SNR), 1 / SNR)
     assert torch.allclose(WEIGHTINGS["v"](SNR), 1 + 1 / SNR)
 
