@@ -210,7 +210,8 @@ def test_init_starts_from_an_unconditional_run(conditional, runs):
 def test_each_class_begins_with_a_code_and_the_null_label_with_none(conditional):
     flags = "--limit 16 --epochs 1 --sample-steps 2 --device cpu --lr 1e-12 --weight-decay 0"
     assert conditional(*flags.split()).code == 0
-    rows = torch.load("runs/ddpm_conditional_digits/ckpt.pt", weights_only=True)["net"]["label_embedding.weight"]
+    state = torch.load("runs/ddpm_conditional_digits/ckpt.pt", weights_only=True)
+    rows = state["net"]["label_embedding.weight"]
     assert rows[-1].abs().max() < 1e-8 and torch.linalg.matrix_rank(rows) == 10
     assert 0.4 < rows[:-1].std() < 0.6  # N(0, 0.5^2)
 
