@@ -191,8 +191,9 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> lau
         unet, _, init = ddpm.load_network(config["init"], kinds=("ddpm",))
         net.load_state_dict(unet.state_dict(), strict=False)
         print(f"init     from {config['init']}, epoch {init['epoch']}")
-    elif config["condition"] == "label":  # 2.a: a code for each class, N(0, 0.5^2), which the weights of all
-        net.label_embedding.weight.data[:-1].normal_(std=0.5)  # learn to read; a row at zero learns alone
+    elif config["condition"] == "label":
+        # 2.a each class starts with a random code, not at zero: the weights that read it are shared by all
+        net.label_embedding.weight.data[:-1].normal_(std=0.5)
     settle_scale(config["p_uncond"], command)
     shape, scale = tuple(data.images.shape[1:]), guidance.guidance_scale[0]
     space, latents = ddpm.latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
@@ -363,11 +364,10 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"digits": {"epochs": 30}}  # ten kinds take longer to tell apart
-        # conditions say most where there is most noise, to which Min-SNR gives next to no weight
+        own = {"digits": {"epochs": 30}}  # ten classes take longer to tell apart
+        # a condition matters most at high noise, to which Min-SNR gives almost no weight
         own["stanfordcars"] = {("prediction", "weighting"): ("x_0", "clamped_snr")}
-        dataset = command["dataset"]
-        command.settle(utils.DEFAULTS.get(dataset, {}) | own.get(dataset, {}))
+        command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:
         raise UserError("--guidance classifier needs --classifier RUN, a run of --task classifier")
