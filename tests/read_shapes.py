@@ -1,10 +1,12 @@
 """Does a text-to-image model draw what its captions say? A rule reads it out of the pixels.
 
-python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddpm --sample-steps 50]
+python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddim --sample-steps 50]
+python tests/read_shapes.py runs/ddpm_conditional_shapes --words
 
 Colour, shape and size are right where the picture has just the shapes of the caption, in these colours, of
 these shapes or sizes. A relation is right where the shapes are also in the places that the caption gives
-them.
+them. --words says instead, at four noise levels, by how much the error of x_0 grows where all words of a kind
+are wrong: what a network has learned of them, long before its samples are right.
 """
 
 import argparse
@@ -23,9 +25,10 @@ import ddpm
 from ddpm_conditional import cfg
 from support.errors import run_main
 from support.generators import randn_like, seeded_generator
-from support.images import to_uint8
+from support.images import to_uint8, to_x_0
 from support.scenes import BACKGROUNDS, COLOURS, HELD_OUT, RELATIONS, SHAPES, SIZES, Scene, Shape
 from support.text import Vocabulary
+from utils import get_data
 
 SMALLEST = 0.01  # share of the picture that a region must have to be a shape
 LARGE = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius from which on a shape is large, of the image
@@ -187,17 +190,53 @@ def drawn(net, diffusion, vocabulary, captions, args, size):
     return pictures
 
 
+def next_of(words):
+    """{each word: the next one}."""
+    return dict(zip(words, [*words[1:], words[0]], strict=True))
+
+
+WRONG = {kind: next_of(list(words)) for kind, words in (("background", BACKGROUNDS), ("colour", COLOURS))}
+WRONG |= {"size": next_of(list(SIZES)), "shape": next_of(list(SHAPES))}
+WRONG["place"] = next_of(["left", "right"]) | next_of(["above", "below"]) | next_of(["top", "bottom"])
+
+
+@torch.no_grad()
+def words_learned(net, diffusion, vocabulary, size, t, count):
+    """The error of x_0 at t with the right captions of real scenes, and by what share of itself it grows with
+    those in which all words of a kind are wrong, where there is one.
+    """
+    data = get_data("shapes", image_size=size, limit=count)
+    x_0, times = to_x_0(data.images), torch.full((count,), t)
+    x_t, _ = diffusion.noise_images(x_0, times, seeded_generator(0, t))
+
+    def errors(captions):  # (count,)
+        eps = diffusion.denoiser(net, vocabulary.encode(captions))(x_t, times)
+        return (diffusion.x_0_from_eps(x_t, eps, times) - x_0).square().mean((1, 2, 3))
+
+    right, growth = errors(data.captions), {}
+    for kind, other in WRONG.items():
+        wrong = [" ".join(other.get(word, word) for word in caption.split()) for caption in data.captions]
+        has = torch.tensor([one != caption for one, caption in zip(wrong, data.captions, strict=True)])
+        growth[kind] = (errors(wrong)[has].mean() / right[has].mean()).item() - 1
+    return right.mean().item(), growth
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
-    parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddpm")
+    parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddim")
     parser.add_argument("--sample-steps", type=int, default=50)
-    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--count", type=int, default=100, help="captions of each kind")
+    parser.add_argument("--words", action="store_true", help="what is learned of each kind of word")
     args = parser.parse_args()
     net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
     vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
-    for name, captions in prompts(args.count).items():
+    for t in (900, 800, 700, 500) if args.words else ():
+        error, growth = words_learned(net, diffusion, vocabulary, size, t, 4 * args.count)
+        grown = ", ".join(f"{kind} {share:.1%}" for kind, share in growth.items())
+        print(f"t = {t}, SNR {diffusion.snr[t]:.3f}: error {error:.4f}; with wrong words {grown}", flush=True)
+    for name, captions in {} if args.words else prompts(args.count).items():
         pictures = drawn(net, diffusion, vocabulary, captions, args, size)
         every = [checked(caption, picture) for caption, picture in zip(captions, pictures, strict=True)]
         counts = ", ".join(f"{what} {sum(one[what] for one in every)}" for what in every[0])

@@ -293,6 +293,15 @@ def test_the_last_token_joins_the_time_embedding_and_all_are_context():
     assert torch.allclose(emb, UNet.embed(net, t, None)[0] + net.text_to_emb(last), atol=1e-6)
 
 
+def test_what_joins_the_time_embedding_is_made_of_words_from_the_start():
+    torch.manual_seed(0)
+    net = TextUNet(vocabulary=102, max_tokens=13, **SMALL)
+    captions = torch.cat([torch.arange(2, 98).view(8, 12), torch.ones(8, 1, dtype=torch.long)], dim=1)
+    tokens, _ = net.embed(torch.ones(8, dtype=torch.long), captions)[1]
+    alike = torch.corrcoef(tokens[:, -1]) - torch.eye(8)  # of END after captions that share no word
+    assert alike.mean() < 0.5
+
+
 def test_context_is_further_keys_and_values():
     """softmax over H W + L keys, written out, padding left out of the sum."""
     layer = randomized(Attention(8, context_dim=5))
