@@ -474,9 +474,8 @@ def runs(tmp_path_factory):
     run_in(folder, ddpm, *TINY, "--limit", 200)
     run_in(folder, ddpm, *TINY, "--limit", 200, "--prediction", "eps", "--weighting", "p2", "--name", "p2")
     run_in(folder, ddpm_conditional, *TINY_CONDITIONAL)
-    run_in(
-        folder, ddpm_conditional, *TINY_CONDITIONAL, "--dataset", "shapes", "--limit", 32, "--name", "text"
-    )
+    text = ["--dataset", "shapes", "--limit", 32, "--prediction", "eps", "--name", "text"]
+    run_in(folder, ddpm_conditional, *TINY_CONDITIONAL, *text)
     run_in(folder, ddpm_conditional, *classifier_flags(200), "--task", "classifier")
     run_in(
         folder,
@@ -558,7 +557,7 @@ def test_noise_measures_colour_where_there_is_some(analyse, runs, tmp_path):
     assert result.code == 0, result.err
     rows = {(row["reconstruction"], row["t"]): row for row in rows_of(tmp_path / "o/noise.csv")}
     little, much = rows["one-step x_0", "1"], rows["one-step x_0", "20"]
-    for kept in ("luma kept", "chroma kept"):  # with little noise most is seen, even by two epochs
+    for kept in ("luma kept", "chroma kept"):  # with little noise most is seen, even by two epochs of eps
         assert float(little[kept]) > 0.3 and float(little[kept]) > float(much[kept]) + 0.2
     assert {p["chart"] for p in rows_of(tmp_path / "o/noise_curves.csv")} >= {"luma kept", "chroma kept"}
     assert "ddpm" not in result.out and "spread" not in result.out  # of a sampler that did not run
