@@ -327,8 +327,8 @@ def test_prompts(conditional, runs):
     assert [line["text"] for line in lines] == ["a red circle", "A blue square."] * 2
     grid_of(conditional("--sample", 4, *run, "--prompt", "a red circle", "--prompt", ""))
     grid = grid_of(conditional("--sample", 4, *run))  # the previews' captions,
-    assert "cfg_ddim_2_seed0" in grid  # and their sampler
-    assert "cfg_ddpm_2_seed0" in grid_of(conditional("--sample", 4, *run, "--sampler", "ddpm"))
+    assert "cfg_ddpm_2_seed0" in grid  # and their sampler, which for shapes is ddpm
+    assert "cfg_ddim_2_seed0" in grid_of(conditional("--sample", 4, *run, "--sampler", "ddim"))
 
 
 def test_what_is_drawn_depends_on_the_condition_seed_and_number_alone(conditional, runs):
