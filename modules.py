@@ -304,7 +304,7 @@ class TextUNet(UNet):
         self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.position_embedding = nn.Embedding(max_tokens, text_width)
         nn.init.normal_(self.position_embedding.weight, std=0.1)  # a word is N(0, 1)
-        self.token_embedding.weight.data[END] = 0  # so it becomes what attention gathers: the words
+        self.token_embedding.weight.data[END] = 0  # at first END is what attention gathers, the words
         layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, activation="gelu")
         heads = max(1, text_width // 32)
         layers = (layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers))
