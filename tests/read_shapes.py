@@ -202,8 +202,8 @@ WRONG["place"] = next_of(["left", "right"]) | next_of(["above", "below"]) | next
 
 @torch.no_grad()
 def words_learned(net, diffusion, vocabulary, size, t, count):
-    """The error of x_0 at t with the right captions of real scenes, and by what share of itself it grows with
-    those in which all words of a kind are wrong, where there is one.
+    """The error of x_0 at t with the right captions of real scenes, and by what share of itself it grows
+    without them, or where all words of a kind are wrong.
     """
     data = get_data("shapes", image_size=size, limit=count)
     x_0, times = to_x_0(data.images), torch.full((count,), t)
@@ -213,7 +213,8 @@ def words_learned(net, diffusion, vocabulary, size, t, count):
         eps = diffusion.denoiser(net, vocabulary.encode(captions))(x_t, times)
         return (diffusion.x_0_from_eps(x_t, eps, times) - x_0).square().mean((1, 2, 3))
 
-    right, growth = errors(data.captions), {}
+    right = errors(data.captions)
+    growth = {"no caption": (errors([""] * count).mean() / right.mean()).item() - 1}
     for kind, other in WRONG.items():
         wrong = [" ".join(other.get(word, word) for word in caption.split()) for caption in data.captions]
         has = torch.tensor([one != caption for one, caption in zip(wrong, data.captions, strict=True)])
@@ -232,11 +233,13 @@ def main():
     args = parser.parse_args()
     net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
     vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
-    for t in (900, 800, 700, 500) if args.words else ():
-        error, growth = words_learned(net, diffusion, vocabulary, size, t, 4 * args.count)
-        grown = ", ".join(f"{kind} {share:.1%}" for kind, share in growth.items())
-        print(f"t = {t}, SNR {diffusion.snr[t]:.3f}: error {error:.4f}; with wrong words {grown}", flush=True)
-    for name, captions in {} if args.words else prompts(args.count).items():
+    if args.words:
+        for t in (900, 800, 700, 500):
+            error, growth = words_learned(net, diffusion, vocabulary, size, t, 4 * args.count)
+            grown = ", ".join(f"{kind} {share:.1%}" for kind, share in growth.items())
+            print(f"t = {t}, SNR {diffusion.snr[t]:.3f}: error {error:.4f}; grows by {grown}", flush=True)
+        return
+    for name, captions in prompts(args.count).items():
         pictures = drawn(net, diffusion, vocabulary, captions, args, size)
         every = [checked(caption, picture) for caption, picture in zip(captions, pictures, strict=True)]
         counts = ", ".join(f"{what} {sum(one[what] for one in every)}" for what in every[0])
