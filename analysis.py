@@ -64,9 +64,7 @@ class Settings:
     image_size: int | None = setting(None, "size, without a run (default: the data's, or 64)", "N", whole(8))
     schedules: list = setting([*SCHEDULES], f"some of {', '.join(SCHEDULES)}", "LIST", listed(str, SCHEDULES))
     noise_steps: int = setting(1000, "number of noise levels", "T", whole(2))
-    schedule: str | None = setting(
-        None, "noise schedule, without a run: %(choices)s (default: linear)", "NAME", choices=SCHEDULES
-    )
+    schedule: str | None = setting(None, "%(choices)s (default: linear)", "NAME", choices=SCHEDULES)
     at: int = setting(300, "the t whose x_t is shown in parts, for T = 1000", "t", whole(1, 1000))
     k: float = setting(1.0, "k of P2's 1 / (k + SNR)^gamma", "K", real(0, above=True))
     levels: list | None = setting(None, "times t, as 250,500 (default: over all T)", "LIST", listed(COUNT))
@@ -373,9 +371,8 @@ def noise(settings: Settings, model: Model) -> Result:
     keys = dict.fromkeys(key for row in rows for key in row)
     keys = [key for key in keys if key not in ("reconstruction", "t", "snr", "mse of their mean")]
     panels = [over_snr(key, key, curves(rows, "reconstruction", "snr", key), "x") for key in keys]
-    panels += [over_snr("distance of two noisings", "rms per pixel", curves(far, "of", "snr", "pixels"), "x")]
-    near = curves(far, "of", "snr", "features")
-    panels += [over_snr("the same to the classifier", "rms per feature", near, "x")]
+    for title, of in (("distance of two noisings", "pixels"), ("the same to the classifier", "features")):
+        panels.append(over_snr(title, f"rms of {of}", curves(far, "of", "snr", of), "x"))
     grids = noise_grids({"x_t": space.decode(x_t)[:, None], **found}, x[: settings.show], diffusion, levels)
     energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"

@@ -299,10 +299,9 @@ VARIANCES = ("posterior", "beta")
 
 
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
-
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
-is plain MSE on eps (default: plain MSE on the output; min_snr or clamped_snr for cars, p2 for shapes)"""
-PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars, eps for shapes)"
+is plain MSE on eps (default: plain MSE on the output; min_snr for cars, p2 for shapes and cars by class)"""
+PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars and shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
 
@@ -314,7 +313,7 @@ class DiffusionSettings:
     prediction: str = setting("v", PREDICTION, "NAME", choices=PLAIN_MSE, of="task=diffusion")
     weighting: str | None = setting(None, WEIGHTING, "NAME", choices=WEIGHTINGS, of="task=diffusion")
     p2_gamma: float = setting(1.0, "gamma of 1 / (k + snr)^gamma", "G", real(0), of="weighting=p2")
-    p2_k: float = setting(1.0, "k of 1 / (k + snr)^gamma", "K", POSITIVE, of="weighting=p2")
+    p2_k: float = setting(1.0, "its k (default: 1; 0.1 for cars by class)", "K", POSITIVE, of="weighting=p2")
     min_snr_gamma: float = setting(5.0, "largest snr that counts", "G", POSITIVE, of="weighting=min_snr")
 
 
@@ -540,8 +539,7 @@ def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
     settings.no_clip = settings.no_clip or config.get("latent") is not None
     settings.sample_steps = settings.sample_steps or min(50, T)
     if settings.sample_steps > T:
-        more = f"--sample-steps {settings.sample_steps} is more than the {T} noise steps of the network"
-        raise UserError(f"{more}: ask for fewer")
+        raise UserError(f"--sample-steps {settings.sample_steps} is more than the {T} noise steps: lower it")
     return settings
 
 
@@ -566,7 +564,6 @@ def run_sampling(command: Command) -> None:
 
 
 # Command line ---------------------------------------------------------------------------------------------
-
 GROUPS = {
     "task": TaskSettings,
     "latent diffusion": LatentSettings,

@@ -32,7 +32,7 @@ from support.machine import MachineSettings, Watched, get_device, speed_up_sampl
 from support.pictures import make_grid, save_picture
 from support.samples import Plan
 from support.settings import COUNT, Command, flag, listed, parse, real, rows_of, setting, settings
-from support.text import CONDITIONS, ConditionSettings, conditions
+from support.text import CONDITIONS, ConditionSettings, conditions, word_codes
 
 
 # 2.b Guidance makes a denoiser eps_theta(x_t, t) -> eps, or wraps one, so it works with every sampler. ----
@@ -192,8 +192,8 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> lau
         net.load_state_dict(unet.state_dict(), strict=False)
         print(f"init     from {config['init']}, epoch {init['epoch']}")
     elif config["condition"] == "label":
-        # 2.a each class starts with a random code, not at zero: the weights that read it are shared by all
-        net.label_embedding.weight.data[:-1].normal_(std=0.5)
+        # 2.a a class starts as the random codes of its name's words, not at zero: related classes share them
+        net.label_embedding.weight.data[:-1] = word_codes(data.class_names, net.emb_dim)
     settle_scale(config["p_uncond"], command)
     shape, scale = tuple(data.images.shape[1:]), guidance.guidance_scale[0]
     space, latents = ddpm.latent_space(command, data, device) if config["latent"] else (Pixels(shape), None)
@@ -365,8 +365,8 @@ def main() -> None:
         if command["latent"]:
             settle_latent(command)
         own = {"digits": {"epochs": 30}}  # ten classes take longer to tell apart
-        # a condition matters most at high noise, to which Min-SNR gives almost no weight
-        own["stanfordcars"] = {("prediction", "weighting"): ("x_0", "clamped_snr")}
+        # a condition says most about content (SNR 1 to 0.01), to which Min-SNR gives little weight
+        own["stanfordcars"] = {("prediction", "weighting"): ("x_0", "p2"), "p2_k": 0.1}
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:

@@ -144,9 +144,9 @@ WEIGHTINGS = {
 PLAIN_MSE = {"eps": "simple", "x_0": "x_0", "v": "v"}  # for each prediction: plain MSE on what it predicts
 
 
-# Data sets: f(root, split) -> Source says what there is: image files, or arrays, with labels or captions.
-# `get_data` turns a Source into Data, one uint8 array, decoded once and cached. To add a data set, write a
-# function and add it to DATASETS.
+# Data sets: f(root, split) -> Source says what there is: image files, or arrays, with labels or captions;
+# None is for a split that is not there. `get_data` turns a Source into Data, one uint8 array, decoded once
+# and cached. To add a data set, write a function and add it to DATASETS.
 @dataclass
 class Source:
     """Images before decoding: files, scenes, or an array, uint8 (N, h, w) or (N, h, w, C); their labels."""
@@ -173,14 +173,10 @@ class Data:
     skipped: list[str] = field(default_factory=list)  # the files that could not be read
 
 
-def no_split(dataset: str, split: str) -> UserError:
-    return UserError(f"data set {dataset!r} has no split {split!r} here")
-
-
-def digits(root: Path, split: str) -> Source:
+def digits(root: Path, split: str) -> Source | None:
     """The 1797 8x8 digits of UCI's optical recognition set, which the project carries (data/README.md)."""
     if split != "train":
-        raise no_split("digits", split)
+        return None
     with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as file:
         images, labels = file["images"], file["labels"]  # (1797, 8, 8) of 0..16, (1797,)
     images = (images * (255 / 16)).round().astype(np.uint8)
@@ -241,7 +237,7 @@ def stanfordcars(root: Path, split: str) -> Source:
     return Source(files, labels, class_names, cars.captions(labels, class_names), root=folder)
 
 
-def folder(root: Path, split: str) -> Source:
+def folder(root: Path, split: str) -> Source | None:
     """Images of a folder, of one sub-folder a class, of a metadata.jsonl with captions, or of a .npy file."""
     if root.suffix.lower() == ".npy" and split == "train":
         return array_file(root)
@@ -250,7 +246,7 @@ def folder(root: Path, split: str) -> Source:
         raise UserError(f"folder {root} {what}: name a folder of images with --data-root")
     root = splits_of(root).get(split)
     if root is None:
-        raise no_split("folder", split)
+        return None
     flat, (files, labels, class_names) = image_files(root), labelled_folders(root)
     if (root / "metadata.jsonl").is_file():
         listed, captions = read_captions(root / "metadata.jsonl")
@@ -345,6 +341,8 @@ def get_data(
         raise UserError(f"unknown split {split!r}: choose train or test")
     drawn = {"count": limit} if dataset == "shapes" and limit else {}
     source = DATASETS[dataset](Path(data_root), split, **drawn)
+    if source is None:
+        raise UserError(f"data set {dataset!r} has no split {split!r} here")
     if not len(source.images):
         raise UserError(f"there are no images of {dataset} under {data_root}")
     if limit is not None and not drawn:

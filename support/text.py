@@ -55,6 +55,14 @@ class Vocabulary(namedtuple("Vocabulary", "words max_tokens")):  # max_tokens is
         return tokens
 
 
+def word_codes(names: Sequence[str], size: int) -> Tensor:
+    """The sum of random codes of each name's words, over the root of their number; K names -> (K, size)."""
+    tokens = Vocabulary.of(names).encode(names)  # (K, L)
+    codes = torch.randn(int(tokens.max()) + 1, size)
+    codes[[PAD, END]] = 0
+    return codes[tokens].sum(1) / (tokens > END).sum(1, keepdim=True).clamp(min=1).sqrt()
+
+
 def nearest(word: str, known: Sequence[str]) -> str:
     """The five known words most like a word, as a list to read."""
     lower = {name.lower(): name for name in known}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, error_line, run_in
 from PIL import Image
 
@@ -23,7 +24,7 @@ from support.images import image_files
 from support.loader import Loader
 from support.samples import condition_grid
 from support.settings import flag, rows_of
-from support.text import END, PAD, Vocabulary, find_label
+from support.text import END, PAD, Vocabulary, find_label, word_codes
 
 SHAPES = [*TINY, "--dataset", "shapes"]
 STEPS = TINY.index("--sample-steps")
@@ -213,7 +214,26 @@ def test_each_class_begins_with_a_code_and_the_null_label_with_none(conditional)
     state = torch.load("runs/ddpm_conditional_digits/ckpt.pt", weights_only=True)
     rows = state["net"]["label_embedding.weight"]
     assert rows[-1].abs().max() < 1e-8 and torch.linalg.matrix_rank(rows) == 10
-    assert 0.4 < rows[:-1].std() < 0.6  # N(0, 0.5^2)
+    assert 0.9 < rows[:-1].std() < 1.1  # N(0, 1)
+
+
+def test_classes_begin_with_the_codes_of_the_words_that_their_names_share():
+    torch.manual_seed(0)
+    names = [
+        "Audi Coupe 2012",
+        "Audi Sedan 2012",
+        "BMW Coupe 2012",
+        "BMW Sedan 2012",
+        "audi  coupe, 2012",
+        "?",
+    ]
+    codes = word_codes(names, 5000)
+    # a name is Audi or BMW, plus Coupe or Sedan, plus 2012
+    assert torch.allclose(codes[0] - codes[1], codes[2] - codes[3], atol=1e-5)
+    assert torch.equal(codes[0], codes[4]) and not codes[5].any()
+    assert torch.allclose(codes[:4].std(1), torch.ones(4), atol=0.05)
+    shared = F.cosine_similarity(codes[[0, 0]], codes[[1, 3]])  # two words of three, and one
+    assert torch.allclose(shared, torch.tensor([2 / 3, 1 / 3]), atol=0.05)
 
 
 def test_init_serves_captions_too(conditional, runs):
@@ -274,7 +294,7 @@ def test_real_captions_train(conditional, data_root):
     assert {"a", "photo", "of"} < set(words)
     for name in ("classes", "cars"):
         config = torch.load(f"runs/{name}/ckpt.pt", weights_only=True)["config"]
-        assert (config["prediction"], config["weighting"]) == ("x_0", "clamped_snr")
+        assert (config["prediction"], config["weighting"], config["p2_k"]) == ("x_0", "p2", 0.1)
 
 
 @pytest.mark.parametrize(
