@@ -3,11 +3,13 @@
 import sys
 
 import judge_photos
+import numpy as np
 import pytest
 import read_cars
 import torch
 from conftest import error_line
 
+from ddpm import Diffusion
 from support.measures import frechet_distance
 
 
@@ -82,3 +84,41 @@ def test_body_types_are_told_apart_by_features():
     types = read_cars.BodyTypes(features, bodies)
     assert types.accuracy > 0.95 and types.tested == 200
     assert (types(features) == bodies).double().mean() > 0.95
+
+
+def test_the_colour_of_a_class_is_that_of_the_middle_of_its_images():
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[:, :, 2:6, 2:6] = torch.tensor([90, 30, 60], dtype=torch.uint8).view(3, 1, 1)
+    images[1, :, 0] = 255  # an edge, which does not count
+    assert read_cars.tints(images).tolist() == [[60.0, 30.0, 60.0]] * 2
+
+
+def test_the_correlation_of_colours_is_that_of_the_means_of_classes():
+    generator = torch.Generator().manual_seed(0)
+    labels, mean = torch.arange(4).repeat(5), torch.randn(4, 3, generator=generator)
+    same = read_cars.correlations(mean[labels], labels, 2 * mean + 1, torch.arange(4))
+    assert torch.allclose(torch.tensor(same), torch.ones(3))
+    reversed_ = read_cars.correlations(mean[labels], labels, -mean[:3], torch.arange(3))
+    assert torch.allclose(torch.tensor(reversed_), -torch.ones(3))
+    a, b = torch.randn(4, 3, generator=generator), torch.randn(4, 3, generator=generator)
+    found = read_cars.correlations(a, torch.arange(4), b, torch.arange(4))
+    assert np.allclose(found, [np.corrcoef(a[:, k], b[:, k])[0, 1] for k in range(3)], atol=1e-5)
+    assert np.isnan(read_cars.correlations(a[:2], torch.arange(2), b, torch.arange(4))).all()
+
+
+def test_the_error_of_x_0_is_that_of_each_condition():
+    """A network that returns its label as x_0: with the right one it is right, with another it is not."""
+
+    class Oracle(torch.nn.Module):
+        def null(self, y):
+            return torch.full_like(y, 9)
+
+        def forward(self, x, t, y):
+            return y.view(-1, 1, 1, 1).expand_as(x).to(x)
+
+    y = torch.arange(4)
+    x_0 = y.view(-1, 1, 1, 1).expand(4, 3, 8, 8).float()
+    none, right, other = read_cars.label_errors(Oracle(), Diffusion(100, prediction="x_0"), x_0, y, 50)
+    assert right < 1e-8
+    assert abs(none - np.mean([(9 - k) ** 2 for k in range(4)])) < 1e-3
+    assert abs(other - np.mean([9, 1, 1, 1])) < 1e-3
