@@ -313,14 +313,14 @@ class DiffusionSettings:
     prediction: str = setting("v", PREDICTION, "NAME", choices=PLAIN_MSE, of="task=diffusion")
     weighting: str | None = setting(None, WEIGHTING, "NAME", choices=WEIGHTINGS, of="task=diffusion")
     p2_gamma: float = setting(1.0, "gamma of 1 / (k + snr)^gamma", "G", real(0), of="weighting=p2")
-    p2_k: float = setting(1.0, "its k (default: 1; 0.1 for cars by class)", "K", POSITIVE, of="weighting=p2")
+    p2_k: float = setting(1.0, "its k (default: 1.0; cars by class 0.1)", "K", POSITIVE, of="weighting=p2")
     min_snr_gamma: float = setting(5.0, "largest snr that counts", "G", POSITIVE, of="weighting=min_snr")
 
 
 @settings(of="task=diffusion", resume=True, sample=True)
 class SamplerSettings:  # also of the previews while training
     sampler: str = setting("ddim", f"sampler: %(choices)s {OF_RUN}", "NAME", choices=SAMPLERS)
-    sample_steps: int | None = setting(None, "strides from t = T to 0 (default: 50, at most T)", "N", COUNT)
+    sample_steps: int | None = setting(None, "strides to 0 (default: 50, at most T; sdedit 33)", "N", COUNT)
     eta: float = setting(0.0, "0 adds no fresh noise, 1 as much as DDPM", "E", real(0, 1), of="sampler=ddim")
     variance: str = setting("posterior", "sigma_t^2: %(choices)s", choices=VARIANCES, of="sampler=ddpm")
     runge_kutta: bool = setting(False, "begin with three Runge-Kutta strides", of="sampler=pndm")

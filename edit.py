@@ -9,7 +9,7 @@
     python edit.py restore --checkpoint RUN --image photo.png --problem super_resolve
 
 An edit makes or wraps a denoiser eps_theta(x_t, t), or acts before or between segments of sampling. So every
-edit works with every sampler and every guidance of the other scripts. Papers, as arxiv.org/abs/NUMBER: SDEdit
+edit works with every sampler, and with classifier-free guidance. Papers, as arxiv.org/abs/NUMBER: SDEdit
 2108.01073, replacement 2011.13456, RePaint 2201.09865, Visual Anagrams 2311.17919, Factorized Diffusion
 2404.11615, DreamFusion 2209.14988, DDNM 2212.00490.
 

@@ -1,4 +1,4 @@
-"""Pictures of pictures: grids with captions, GIFs, and folders of samples."""
+"""Pictures of pictures: grids with captions."""
 
 import math
 from collections.abc import Sequence

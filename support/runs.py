@@ -58,7 +58,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
 
 
 def load_weights(path: str | Path, kinds: Sequence[str]) -> tuple[dict, dict]:
-    """Settings and averaged weights of a run, or published ones, which are of kind "ddpm"; else UserError."""
+    """Settings and averaged weights of a run, or published ones, which pass for "ddpm"; else UserError."""
     if file := published_file(path):
         if "ddpm" not in kinds:
             what = f"{path} holds the published weights of an unconditional model"

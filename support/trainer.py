@@ -24,7 +24,7 @@ from .settings import COUNT, POSITIVE, real, setting, settings, whole
 CHECK_EVERY = 25  # steps between two looks at the loss: each look waits for the device
 SAVE_SECONDS = 600  # within a long epoch, save this often
 MACHINE, LOG = MachineSettings(), ("step", "loss", "lr", "images_per_second", "seconds")
-BATCH, QUARTER = "default: by network; with --sample 64", "default: a quarter of the run"
+BATCH, QUARTER = "default: by network and data set; with --sample 64", "default: a quarter of the run"
 EPOCHS = "default: by data set and task, 5 to 80"
 RECOMPUTE = "compute activations again in the backward pass: less memory, a third more time"
 
@@ -33,10 +33,10 @@ RECOMPUTE = "compute activations again in the backward pass: less memory, a thir
 class TrainingSettings:
     epochs: int | None = setting(None, f"passes over the data ({EPOCHS})", "N", COUNT, resume=True)
     batch_size: int | None = setting(None, f"images at once ({BATCH})", "N", COUNT, sample=True)
-    lr: float | None = setting(None, "peak learning rate of AdamW (default: by network)", "RATE", POSITIVE)
+    lr: float | None = setting(None, "peak rate of AdamW (default: by network, data set)", "RATE", POSITIVE)
     warmup: int = setting(200, "steps of linear warm-up, at most a tenth of the run", "STEPS", whole(0))
     weight_decay: float = setting(0.01, "weight decay of AdamW", "RATE", real(0))
-    clip_grad: float = setting(1.0, "largest gradient norm", "NORM", POSITIVE)
+    clip_grad: float = setting(1.0, "largest gradient norm (default: 1.0; 0.1 for shapes)", "NORM", POSITIVE)
     ema_decay: float = setting(0.999, "decay of the averaged weights, per step", "D", real(0, 1))
     accumulate: int = setting(1, "parts of a batch: less memory, the same step", "PARTS", COUNT, resume=True)
     checkpointing: bool = setting(False, RECOMPUTE, resume=True)

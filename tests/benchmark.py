@@ -484,7 +484,7 @@ def main() -> None:
         "--longest", type=float, default=2.0, help="seconds of a step, to go on to larger batches"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled networks")
-    parser.add_argument("--scale", action="store_true", help="only the data set of 1,000,000 images")
+    parser.add_argument("--scale", action="store_true", help="only the large data sets of --counts")
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 1_000_000], help="--scale: images")
     parser.add_argument(
         "--folder", help="--scale: where the file is made (default: where temporary files go)"
