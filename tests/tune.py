@@ -11,6 +11,7 @@ steps of such a machine, and several may run side by side. --grids DIR keeps 36 
 
 import argparse
 import csv
+import math
 import re
 import shlex
 import statistics
@@ -102,20 +103,27 @@ def seconds_a_step(arm: Arm, reference: Arm, known: float | None) -> float:
     return known / 1000 * statistics.median(a / b for a, b in times)
 
 
-def trained(arm: Arm, steps: int) -> tuple[torch.nn.Module, ddpm.Diffusion]:
-    """The averaged network of an arm after so many steps, and its diffusion process."""
+def trained(arm: Arm, steps: int | None = None, seconds: float = math.inf) -> tuple[Trainer, ddpm.Diffusion]:
+    """The trainer, with the averaged network, after so many steps or seconds, and the diffusion process."""
     (net, diffusion), settings = arm.make(), arm.command[TrainingSettings]
     settings.epochs, passes = 1, map(arm.loader().epoch, count())
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(net, EMA, arm.loader(), Path(folder), settings, arm.command[MachineSettings])
-        trainer.loader.batches = steps  # one long epoch, over which the learning rate falls to 0
+        trainer.loader.batches = steps or 10_000  # one long epoch, over which the learning rate falls to 0
+        start = time.monotonic()
         for batch, _ in islice(chain.from_iterable(passes), steps):
+            passed = time.monotonic() - start
+            if passed >= seconds:
+                break
+            if trainer.steps >= 20 and steps is None:  # by now it is known how many steps there will be
+                will_be = round(trainer.steps * seconds / passed)
+                trainer.loader.batches = max(trainer.steps + 1, will_be)
             for x_0, y, generator in trainer.parts_of(batch, None, len(batch)):
                 trainer.step(diffusion.loss(trainer.net, x_0, y, generator))
             if len(trainer.pending) >= CHECK_EVERY:  # thousands of them would scatter the memory
                 trainer.check_losses()
         trainer.check_losses()
-    return trainer.ema.net, diffusion
+    return trainer, diffusion
 
 
 def drawn(net, diffusion, arm: Arm, sampling: SamplerSettings, n: int) -> torch.Tensor:
@@ -201,7 +209,8 @@ def main() -> None:
         steps = max(1, round(60 * base.minutes / seconds))
         for seed in range(base.seeds):
             arm.command[MachineSettings].seed = seed
-            net, diffusion = trained(arm, steps)
+            trainer, diffusion = trained(arm, steps)
+            net = trainer.ema.net
             row = {"arm": flags or "the defaults", "dataset": base.dataset, "minutes": base.minutes}
             row |= {"parameters": sum(p.numel() for p in net.parameters()), "seed": seed}
             row |= {"ms a step": round(1000 * seconds, 2), "steps": steps}
