@@ -178,6 +178,9 @@ def main():
             tinted = ", ".join(f"{one:.2f}" for one in colour)
             row = "{:9.2f} {:9.2f} {:>18} {:>22}".format(*found, share, tinted)
             print(row, f" {folder}, scale {scale:g}", flush=True)
+            all_asked, hit = Counter(b for _, b in pairs), Counter(b for a, b in pairs if a == b)
+            each = (f"{BODIES[b]} {hit[b]} of {n}" for b, n in all_asked.most_common() if b is not None)
+            print(f"{'':9} {', '.join(each)}", flush=True)
         lowest = floor(real, axes, len(some)).values()
         print("{:9.2f} {:9.2f}".format(*lowest), f" {len(some)} real images against the others")
 
