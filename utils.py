@@ -300,7 +300,7 @@ DEFAULTS = {  # the settings that suit a data set, where the command line leaves
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
     "stanfordcars": {("prediction", "weighting"): ("x_0", "min_snr")},
-    "shapes": dict(epochs=8, batch_size=16, lr=7e-4, clip_grad=0.1, sampler="ddpm")
+    "shapes": dict(epochs=15, batch_size=16, lr=7e-4, clip_grad=0.1, p2_k=0.1, sampler="ddpm")
     | {("prediction", "weighting"): ("x_0", "p2")},
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
