@@ -364,9 +364,7 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"digits": {"epochs": 30}}  # ten classes take longer to tell apart
-        # a condition says most about content (SNR 1 to 0.01), to which Min-SNR gives little weight
-        own["stanfordcars"] = {("prediction", "weighting"): ("x_0", "p2"), "p2_k": 0.1}
+        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # classes take longer to learn
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:

@@ -296,12 +296,14 @@ DATASETS: dict[str, Callable[..., Source]] = {
     **{"imagenette": imagenette, "stanfordcars": stanfordcars, "folder": folder, "shapes": shapes},
 }
 NARROW = {"digits", "mnist", "fashion_mnist"}  # narrow networks learn these well, and far sooner
+# Labels and captions say most about content (SNR 1 to 0.01), to which Min-SNR gives little weight.
+FOR_CONTENT = {("prediction", "weighting"): ("x_0", "p2")}
+FOR_CONTENT[("prediction", "weighting", "p2_k")] = ("x_0", "p2", 0.1)
 DEFAULTS = {  # the settings that suit a data set, where the command line leaves them open
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
     "stanfordcars": {("prediction", "weighting"): ("x_0", "min_snr")},
-    "shapes": dict(epochs=15, batch_size=16, lr=7e-4, clip_grad=0.1, p2_k=0.1, sampler="ddpm")
-    | {("prediction", "weighting"): ("x_0", "p2")},
+    "shapes": dict(epochs=15, batch_size=16, lr=7e-4, clip_grad=0.1, sampler="ddpm") | FOR_CONTENT,
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
 FLIP = "mirror one in two images (default: yes; no for digits, mnist, shapes and folders with captions)"

@@ -300,10 +300,11 @@ def test_real_captions_train(conditional, data_root):
 @pytest.mark.parametrize(
     "flags, loss",
     [
-        ([], ("x_0", "p2", 1.0)),
+        ([], ("x_0", "p2", 0.1)),
         (["--p2-k", 2], ("x_0", "p2", 2.0)),
         (["--prediction", "eps"], ("eps", None, 1.0)),
         (["--weighting", "min_snr"], ("v", "min_snr", 1.0)),
+        (["--weighting", "p2"], ("v", "p2", 1.0)),
     ],
 )
 def test_a_loss_that_was_typed_is_not_mixed_with_that_of_the_data_set(conditional, flags, loss):
