@@ -64,7 +64,7 @@ class Settings:
     image_size: int | None = setting(None, "size, without a run (default: the data's, or 64)", "N", whole(8))
     schedules: list = setting([*SCHEDULES], f"some of {', '.join(SCHEDULES)}", "LIST", listed(str, SCHEDULES))
     noise_steps: int = setting(1000, "number of noise levels", "T", whole(2))
-    schedule: str | None = setting(None, "%(choices)s (default: a run's; linear)", "NAME", choices=SCHEDULES)
+    schedule: str | None = setting(None, "no run: %(choices)s (default: linear)", "NAME", choices=SCHEDULES)
     at: int = setting(300, "the t whose x_t is shown in parts, for T = 1000", "t", whole(1, 1000))
     k: float = setting(1.0, "k of P2's 1 / (k + SNR)^gamma", "K", real(0, above=True))
     levels: list | None = setting(None, "times t, as 250,500 (default: over all T)", "LIST", listed(COUNT))

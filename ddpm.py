@@ -320,7 +320,7 @@ class DiffusionSettings:
 @settings(of="task=diffusion", resume=True, sample=True)
 class SamplerSettings:  # also of the previews while training
     sampler: str = setting("ddim", f"sampler: %(choices)s {OF_RUN}", "NAME", choices=SAMPLERS)
-    sample_steps: int | None = setting(None, "strides to 0 (default: 50, at most T; sdedit 33)", "N", COUNT)
+    sample_steps: int | None = setting(None, "strides to t = 0 (default: at most 50; sdedit 33)", "N", COUNT)
     eta: float = setting(0.0, "0 adds no fresh noise, 1 as much as DDPM", "E", real(0, 1), of="sampler=ddim")
     variance: str = setting("posterior", "sigma_t^2: %(choices)s", choices=VARIANCES, of="sampler=ddpm")
     runge_kutta: bool = setting(False, "begin with three Runge-Kutta strides", of="sampler=pndm")

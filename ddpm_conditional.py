@@ -192,7 +192,7 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> lau
         net.load_state_dict(unet.state_dict(), strict=False)
         print(f"init     from {config['init']}, epoch {init['epoch']}")
     elif config["condition"] == "label":
-        # 2.a a class starts as the random codes of its name's words, not at zero: related classes share them
+        # 2.a a class starts as the sum of random codes of its name's words, which related classes share
         net.label_embedding.weight.data[:-1] = word_codes(data.class_names, net.emb_dim)
     settle_scale(config["p_uncond"], command)
     shape, scale = tuple(data.images.shape[1:]), guidance.guidance_scale[0]
@@ -364,7 +364,7 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # classes take longer to learn
+        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # ten classes take longer
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:

@@ -298,7 +298,7 @@ DATASETS: dict[str, Callable[..., Source]] = {
 NARROW = {"digits", "mnist", "fashion_mnist"}  # narrow networks learn these well, and far sooner
 # Labels and captions say most about content (SNR 1 to 0.01), to which Min-SNR gives little weight.
 FOR_CONTENT = {("prediction", "weighting"): ("x_0", "p2")}
-FOR_CONTENT[("prediction", "weighting", "p2_k")] = ("x_0", "p2", 0.1)
+FOR_CONTENT[("prediction", "weighting", "p2_k")] = ("x_0", "p2", 0.1)  # where --p2-k is not typed
 DEFAULTS = {  # the settings that suit a data set, where the command line leaves them open
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
