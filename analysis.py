@@ -34,7 +34,7 @@ from torchvision.transforms.functional import gaussian_blur
 import ddpm
 from ddpm import SAMPLERS, Diffusion, at, clip_x_0, numbered_noise
 from ddpm_conditional import SAME_DATA, GuidanceSettings, guided_denoiser, load_classifier, settle_scale
-from modules import EMA, PointMLP
+from modules import EMA, timestep_embedding
 from support import measures, runs
 from support.charts import Chart, Panel, Result, curves, draw_page, publish, write_report
 from support.errors import UserError, note, run_main
@@ -992,6 +992,21 @@ def langevin(diffusion, eps_theta, x, timesteps, generator=None, inner=5, step=0
         x = z * ab_s**0.5  # line 8: the next level begins where this one ended
     return x
     # End
+
+
+class PointMLP(torch.nn.Module):
+    """A network for points (B, 2, 1, 1) of the plane; it sees their Fourier features (Tancik et al. 2020)."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.width, sizes = width, (2 + 2 * 6 + width, width, width)
+        hidden = [layer for n in sizes for layer in (torch.nn.Linear(n, width), torch.nn.SiLU())]
+        self.layers = torch.nn.Sequential(*hidden, torch.nn.Linear(width, 2))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        angles = (x.flatten(1)[:, :, None] * math.pi * x.new_tensor([0.5, 1.0, 2.0])).flatten(1)  # (B, 6)
+        time = timestep_embedding(t, self.width)  # (B, width)
+        return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos(), time], dim=1)).view(x.shape)
 
 
 @study("langevin_levels inner step point_epochs samples classifier batch_size", 0, 1)

@@ -520,7 +520,7 @@ def load_network(path, device="cpu", kinds=("ddpm", "ddpm_conditional")):
 def make_latents(path, part: dict, size: int, device) -> Latents:
     """The latent space of an autoencoder, `part` of a checkpoint, for images of `size` pixels."""
     with runs.fitting(f"the autoencoder in {path}"):
-        net = make_network({"patch": 1} | part["config"])  # older ones have no patches
+        net = make_network(part["config"])
         net.load_state_dict(part["weights"])
         if not part["scale"] > 0:
             raise ValueError(f"its scale is {part['scale']}")

@@ -31,7 +31,7 @@ from support.loader import hold_out
 from support.machine import MachineSettings, Watched, get_device, speed_up_sampling
 from support.pictures import make_grid, save_picture
 from support.samples import Plan
-from support.settings import COUNT, Command, flag, listed, parse, real, rows_of, setting, settings
+from support.settings import COUNT, Command, flag, listed, parse, real, rows_of, setting, settings, whole
 from support.text import CONDITIONS, ConditionSettings, conditions, word_codes
 
 
@@ -336,6 +336,9 @@ CONDITION = "condition of the network: %(choices)s (default: label where the dat
 class TaskSettings:
     task: str = setting("diffusion", "what to train: %(choices)s", "NAME", choices=TASKS)
     condition: str | None = setting(None, CONDITION, "NAME", choices=CONDITIONS, of="task=diffusion")
+    text_kernel: int = setting(
+        7, "size of the kernel over words; 0: none", "N", whole(0), of="condition=text"
+    )
     p_uncond: float = setting(0.1, DROP, "P", real(0, 1), of="task=diffusion")
     init: str | None = setting(None, "unconditional run to start from", "RUN", of="task=diffusion")
 
@@ -364,7 +367,8 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # ten classes take longer
+        content = utils.FOR_CONTENT | {utils.P2: ("x_0", "p2", 0.1)}
+        own = {"digits": {"epochs": 30}, "stanfordcars": content}  # ten classes take longer
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from support.errors import UserError
 from support.generators import randn_like
-from support.settings import COUNT, real, setting, settings, whole
+from support.settings import COUNT, OLDER, SWITCH, real, setting, settings, whole
 from support.text import END, PAD
 
 
@@ -29,6 +29,8 @@ class NetworkSettings:  # None: by image size, see default_network in support/la
     attention: list | None = setting(None, "levels with attention, from 1 on", "LEVEL", int, nargs="*")
     dropout: float = setting(0.0, "probability of dropping a feature", "P", real(0, 1))
     patch: int | None = setting(None, "side of the squares of pixels that are one position", "N", COUNT)
+    places: bool = setting(False, "attention knows where a position is (default: for shapes)", action=SWITCH)
+    adagn: bool = setting(False, "AdaGN (default: for shapes)", action=SWITCH, of="task=diffusion/classifier")
 
 
 def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tensor:
@@ -59,24 +61,28 @@ def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
 class ResidualBlock(nn.Module):
     """GroupNorm-SiLU-Conv twice, the time embedding added in between; (B, c_in, H, W) -> (B, c_out, H, W).
 
-    With emb_dim = 0 there is no time.
+    With emb_dim = 0 there is no time. With adagn the time embedding scales and shifts what the second
+    GroupNorm gives: (1 + scale) GroupNorm(h) + shift (Dhariwal & Nichol 2021, section 3.1).
     """
 
-    def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.0):
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.0, adagn: bool = False):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.time = init_layer(nn.Linear(emb_dim, c_out)) if emb_dim else None
-        self.norm2 = group_norm(c_out)
+        self.time = init_layer(nn.Linear(emb_dim, (1 + adagn) * c_out)) if emb_dim else None
+        self.norm2, self.adagn = group_norm(c_out), adagn and emb_dim > 0
         self.conv2 = init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = init_layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
-        if self.time is not None:
-            h = h + self.time(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.shortcut(x) + h
+        emb = 0 if self.time is None else self.time(F.silu(emb))[:, :, None, None]
+        if self.adagn:
+            scale, shift = emb.chunk(2, dim=1)  # (B, c_out, 1, 1) each
+            h = (1 + scale) * self.norm2(h) + shift
+        else:
+            h = self.norm2(h + emb)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
 
 
 Context = tuple[torch.Tensor, torch.Tensor]  # encoded tokens (B, L, D), and which are no padding (B, L)
@@ -86,18 +92,25 @@ class Attention(nn.Module):
     """Self-attention over the H x W positions, added to its input, (B, C, H, W).
 
     With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 4.1). Each of
-    the heads has C / heads of the channels (Vaswani et al. 2017, section 3.2.2); DDPM has one.
+    the heads has C / heads of the channels (Vaswani et al. 2017, section 3.2.2); DDPM has one. With `places`
+    it also reads where each position is (their section 3.5, in two dimensions).
     """
 
-    def __init__(self, channels: int, context_dim: int = 0, heads: int = 1):
+    def __init__(self, channels: int, context_dim: int = 0, heads: int = 1, places: bool = False):
         super().__init__()
         self.norm, self.heads = group_norm(channels), heads
+        self.place = nn.Conv2d(8, channels, 1) if places else None
         self.q, self.k, self.v = (init_layer(nn.Conv2d(channels, channels, 1)) for _ in range(3))
         self.out = init_layer(nn.Conv2d(channels, channels, 1), zero=True)
         self.context = init_layer(nn.Linear(context_dim, 2 * channels)) if context_dim else None
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         h, mask = self.norm(x), None
+        if self.place is not None:
+            lines = (torch.linspace(-math.pi / 2, math.pi / 2, n, device=x.device) for n in x.shape[2:])
+            angles = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # (2, H, W), of y and of x
+            codes = torch.cat([angles.sin(), angles.cos(), (2 * angles).sin(), (2 * angles).cos()])
+            h = h + self.place(codes[None].to(h.dtype))
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, HW, C)
         if context is not None:
             tokens, real = context
@@ -115,10 +128,10 @@ class UNetBlock(nn.Module):
 
     recompute = True  # in the backward pass, with --checkpointing
 
-    def __init__(self, c_in: int, c_out: int, emb_dim, dropout, attention: bool, context_dim):
+    def __init__(self, c_in, c_out, emb_dim: int, attention: bool, context_dim: int, places=False, **block):
         super().__init__()
-        self.block = ResidualBlock(c_in, c_out, emb_dim, dropout)
-        self.attention = Attention(c_out, context_dim) if attention else None
+        self.block = ResidualBlock(c_in, c_out, emb_dim, **block)
+        self.attention = Attention(c_out, context_dim, places=places) if attention else None
 
     def forward(self, x: torch.Tensor, emb=None, context: Context | None = None) -> torch.Tensor:
         h = self.block(x, emb)
@@ -129,27 +142,26 @@ class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
     patch x patch pixels are the channels of one position (Hoogeboom et al. 2023). Level i has width *
-    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `attention` lists the
-    levels with self-attention; the middle always has it. Level 0 has none: attention there costs sixteen
-    times that of level 1. H and W must be divisible by `divisor` = patch * 2^(levels - 1), else ValueError.
+    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks, with dropout and adagn
+    as `block`; `attention` lists the levels with self-attention, which the middle always has, and level 0
+    never: it costs sixteen times that of level 1. ValueError where `divisor` does not divide H and W.
     """
 
     timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
     context_dim = 0  # size of the tokens in the context, where a network has one
 
     def __init__(
-        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), dropout=0, patch=1
+        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), patch=1, **block
     ):
         super().__init__()
         if width < 4 or width % 2 or min(blocks, patch) < 1 or not multipliers or min(multipliers) < 1:
             raise ValueError("width must be even and >= 4; blocks, patch and all of the multipliers >= 1")
         if any(not 0 < level < len(multipliers) for level in attention):
-            where = f"between 1 (half the resolution of level 0) and {len(multipliers) - 1}"
-            raise ValueError(f"attention levels must lie {where}; level 0 has none")
+            raise ValueError(f"attention levels must lie in 1..{len(multipliers) - 1}; level 0 has none")
         self.width, self.patch, self.emb_dim = width, patch, 4 * width * self.timed
         self.divisor = patch * 2 ** (len(multipliers) - 1)
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
-        self.block = partial(UNetBlock, emb_dim=self.emb_dim, dropout=dropout, context_dim=self.context_dim)
+        self.block = partial(UNetBlock, emb_dim=self.emb_dim, context_dim=self.context_dim, **block)
 
         if self.timed:
             first, second = (init_layer(nn.Linear(n, 4 * width)) for n in (width, 4 * width))
@@ -225,10 +237,13 @@ class UNet(Encoder):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         emb, context = self.embed(t, y)  # (B, 4 * width)
-        h, skips = self.encode(x, emb, context)
+        return self.ascend(*self.encode(x, emb, context), emb, context)
+
+    def ascend(self, h: torch.Tensor, skips=(), emb=None, context: Context | None = None) -> torch.Tensor:
+        """The way up from the middle, h, to the output (B, C, H, W)."""
         for i, blocks in enumerate(self.up):
             for block in blocks:
-                h = torch.cat([h, skips.pop()], dim=1)  # (B, c + c_skip, H / 2^level, W / 2^level)
+                h = torch.cat([h, skips.pop()], dim=1) if skips else h  # (B, c + c_skip, ...)
                 h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the height and width
@@ -297,18 +312,18 @@ class TextUNet(UNet):
     so is y = None. The other arguments are the UNet's.
     """
 
-    def __init__(self, vocabulary: int, max_tokens: int, *unet, text_width=128, text_layers=2, **more):
+    def __init__(self, vocabulary, max_tokens, *unet, text_width=128, text_layers=2, text_kernel=7, **more):
         self.context_dim = text_width  # which the layers are made with
         super().__init__(*unet, **more)
-        self.max_tokens = max_tokens
         self.token_embedding = nn.Embedding(vocabulary, text_width)
         self.position_embedding = nn.Embedding(max_tokens, text_width)
         nn.init.normal_(self.position_embedding.weight, std=0.1)  # a word is N(0, 1)
         self.token_embedding.weight.data[END] = 0  # at first END is what attention gathers, the words
+        # Which words stand before a word, and which after it (wav2vec 2.0, Baevski et al. 2020, section 2).
+        self.beside = nn.Conv1d(text_width, text_width, text_kernel, padding="same") if text_kernel else None
         layer = partial(nn.TransformerEncoderLayer, batch_first=True, norm_first=True, activation="gelu")
-        heads = max(1, text_width // 32)
-        layers = (layer(text_width, heads, 4 * text_width, dropout=0.0) for _ in range(text_layers))
-        self.transformer = nn.ModuleList(layers)
+        sizes = (text_width, max(1, text_width // 32), 4 * text_width)  # of tokens; heads; hidden size
+        self.transformer = nn.ModuleList(layer(*sizes, dropout=0.0) for _ in range(text_layers))
         self.text_norm = nn.LayerNorm(text_width)
         self.text_to_emb = init_layer(nn.Linear(text_width, self.emb_dim))
 
@@ -319,15 +334,16 @@ class TextUNet(UNet):
         return empty
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
-        emb, _ = super().embed(t, y)
         y = self.null(t[:, None]) if y is None else y  # (B, L)
         real = y != PAD
         h = self.token_embedding(y) + self.position_embedding.weight[: y.shape[1]]  # (B, L, text_width)
+        if self.beside is not None:
+            h = h + self.beside((h * real[:, :, None]).transpose(1, 2)).transpose(1, 2)
         for layer in self.transformer:
             h = layer(h, src_key_padding_mask=~real)
         tokens = self.text_norm(h)
         last = tokens[torch.arange(len(y), device=y.device), real.sum(1) - 1]  # (B, text_width), END
-        return emb + self.text_to_emb(last), (tokens, real)
+        return super().embed(t, y)[0] + self.text_to_emb(last), (tokens, real)
 
 
 class Classifier(Encoder):
@@ -366,7 +382,7 @@ class Autoencoder(UNet):
         c, self.latent_channels = self.skip_channels[-1], latent_channels
         self.norm_z, self.conv_z = group_norm(c), init_layer(nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
         self.conv_up = init_layer(nn.Conv2d(latent_channels, c, 3, padding=1))
-        self.middle_up = nn.ModuleList([self.block(c, c, attention=True), self.block(c, c, attention=False)])
+        self.middle_up = nn.Sequential(self.block(c, c, attention=True), self.block(c, c, attention=False))
 
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv_z(F.silu(self.norm_z(super().encode(x)[0])))
@@ -376,15 +392,7 @@ class Autoencoder(UNet):
         return mean, log_variance.clamp(-30, 20)  # so that its exponential is finite
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        h = self.conv_up(z)  # (B, width * multipliers[-1], H / divisor, W / divisor)
-        for block in self.middle_up:
-            h = block(h)
-        for i, blocks in enumerate(self.up):
-            for block in blocks:
-                h = block(h)  # (B, width * m, H / 2^level, W / 2^level)
-            if i < len(self.upsample):
-                h = self.upsample[i](h)  # twice the height and width
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)  # (B, C, H, W)
+        return self.ascend(self.middle_up(self.conv_up(z)))
 
     def forward(self, x: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mean, log_variance = self.encode(x)
@@ -459,6 +467,7 @@ class Latents:
 
 def make_network(config: dict) -> nn.Module:
     """The network that the settings of a run describe, of the run's kind; UserError if they make none."""
+    config = OLDER | config
     kind, make = config.get("kind"), UNet
     channels = config["latent_channels" if config.get("latent") else "channels"]
     if kind == "published":
@@ -472,34 +481,13 @@ def make_network(config: dict) -> nn.Module:
         make = partial(Classifier, len(config["class_names"]))
     elif kind == "ddpm_conditional" and config["condition"] == "text":
         words, max_tokens = config["vocabulary"]["words"], config["vocabulary"]["max_tokens"]
-        make = partial(TextUNet, END + 1 + len(words), max_tokens)
+        make = partial(TextUNet, END + 1 + len(words), max_tokens, text_kernel=config["text_kernel"])
     elif kind == "ddpm_conditional":
         make = partial(ConditionalUNet, len(config["class_names"]))
     try:
         return make(channels, **{name: config[name] for name in vars(NetworkSettings())})
     except ValueError as error:
         raise UserError(f"no network can be made of these settings: {error}") from None
-
-
-class PointMLP(nn.Module):
-    """A network for points in the plane, `net(x_t, t) -> out`, (B, 2, 1, 1) and (B,) -> (B, 2, 1, 1).
-
-    It sees sines and cosines of the coordinates beside them, or it would learn only slow changes over the
-    plane (Fourier features, Tancik et al. 2020).
-    """
-
-    def __init__(self, width: int = 128):
-        super().__init__()
-        self.width = width
-        self.register_buffer("frequencies", torch.tensor([0.5, 1.0, 2.0]) * math.pi)
-        linear = [nn.Linear(2 + 2 * 6 + width, width), nn.Linear(width, width), nn.Linear(width, width)]
-        hidden = [layer for one in linear for layer in (one, nn.SiLU())]
-        self.layers = nn.Sequential(*hidden, nn.Linear(width, 2))
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        angles = (x.flatten(1)[:, :, None] * self.frequencies).flatten(1)  # (B, 6)
-        time = timestep_embedding(t, self.width)  # (B, width)
-        return self.layers(torch.cat([x.flatten(1), angles.sin(), angles.cos(), time], dim=1)).view(x.shape)
 
 
 class EMA:
@@ -509,12 +497,9 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module, decay: float = 0.999):
-        self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.decay = decay
+        self.net, self.decay = copy.deepcopy(net).eval().requires_grad_(False), decay
 
     @torch.no_grad()
     def update(self, net: nn.Module, step: int) -> None:
         d = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - d)
-        for average, buffer in zip(self.net.buffers(), net.buffers(), strict=True):
-            average.copy_(buffer)

@@ -1,6 +1,5 @@
 """What you can plug in: noise schedules, weightings of the loss and data sets, each a dict of functions."""
 
-import argparse
 import math
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from support.cache import cached, decode, fingerprint, joined
 from support.errors import UserError, note
 from support.files import damage
 from support.images import READ, image_files, labelled_folders, note_skipped, read_captions, splits_of
-from support.settings import COUNT, setting, settings
+from support.settings import COUNT, SWITCH, setting, settings
 
 HERE = Path(__file__).resolve().parent  # the folder of the project
 
@@ -297,13 +296,13 @@ DATASETS: dict[str, Callable[..., Source]] = {
 }
 NARROW = {"digits", "mnist", "fashion_mnist"}  # narrow networks learn these well, and far sooner
 # Labels and captions say most about content (SNR 1 to 0.01), to which Min-SNR gives little weight.
-FOR_CONTENT = {("prediction", "weighting"): ("x_0", "p2")}
-FOR_CONTENT[("prediction", "weighting", "p2_k")] = ("x_0", "p2", 0.1)  # where --p2-k is not typed
+P2, FOR_CONTENT = ("prediction", "weighting", "p2_k"), {("prediction", "weighting"): ("x_0", "p2")}
+SHAPES = dict(condition="text", places=True, adagn=True, schedule="linear", epochs=13, batch_size=16)
 DEFAULTS = {  # the settings that suit a data set, where the command line leaves them open
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
     "stanfordcars": {("prediction", "weighting"): ("x_0", "min_snr")},
-    "shapes": dict(epochs=15, batch_size=16, lr=7e-4, clip_grad=0.1, sampler="ddpm") | FOR_CONTENT,
+    "shapes": SHAPES | dict(lr=7e-4, clip_grad=0.1, sampler="ddpm") | FOR_CONTENT | {P2: ("x_0", "p2", 0.01)},
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
 FLIP = "mirror one in two images (default: yes; no for digits, mnist, shapes and folders with captions)"
@@ -316,7 +315,7 @@ class DataSettings:
     image_size: int | None = setting(None, "height and width (default: by data set)", "PIXELS", COUNT)
     channels: int | None = setting(None, "1 gray, 3 RGB (default: by data set)", type=int, choices=[1, 3])
     limit: int | None = setting(None, LIMIT, "N", COUNT)
-    flip: bool | None = setting(None, FLIP, action=argparse.BooleanOptionalAction)
+    flip: bool | None = setting(None, FLIP, action=SWITCH)
     workers: int | None = setting(None, "decoding threads (default: one per core)", "N", COUNT, resume=True)
     cache_dir: str = setting("data/cache", "folder for decoded images", "DIR", resume=True)
 

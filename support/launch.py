@@ -60,12 +60,6 @@ def default_network(image_size: int, narrow: bool = False, cpu: bool = False) ->
     return dict(width=64, multipliers=multipliers, blocks=2, attention=attention, batch_size=32, lr=1e-4)
 
 
-def default_autoencoder(image_size: int, levels: int) -> dict:
-    """The same for an autoencoder of so many levels."""
-    multipliers, batch_size = [1, 3, 6, 8][:levels], 8 if image_size > 32 else 32
-    return dict(width=16, multipliers=multipliers, blocks=1, attention=[], batch_size=batch_size, lr=2e-3)
-
-
 def at_once(config: dict) -> int:
     """The number of images that a process trains on together, and so draws together in its previews."""
     return max(1, config["batch_size"] // (config["accumulate"] * int(os.environ.get("WORLD_SIZE", 1))))
@@ -78,7 +72,8 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
     data = None if options["image_size"] else load()
     size, multipliers = options["image_size"] or data.images.shape[-1], command["multipliers"]
     if command["task"] == "autoencoder":
-        factor, defaults = 1, default_autoencoder(size, settle_levels(command))
+        factor, defaults = 1, dict(width=16, multipliers=[1, 3, 6, 8][: settle_levels(command)], blocks=1)
+        defaults |= dict(attention=[], batch_size=8 if size > 32 else 32, lr=2e-3)
     else:
         factor = command["downsampling"] if command["latent"] else 1
         cpu = get_device(command["device"]).type == "cpu" and factor == 1  # latents are small already

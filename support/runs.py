@@ -17,7 +17,7 @@ from .files import damage, digest, new_path, quoted, read_csv, remove_leftovers,
 from .images import image_files
 from .processes import Processes
 from .published import PUBLISHED_FILES, load_published, published_file, published_name
-from .settings import COUNT, setting, settings
+from .settings import COUNT, OLDER, setting, settings
 
 
 @settings()
@@ -53,7 +53,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     missing = [key for key in CHECKPOINT_KEYS if key not in checkpoint]
     if missing or not isinstance(checkpoint["config"], dict):
         raise UserError(f"checkpoint {path} is incomplete: it lacks {', '.join(missing) or 'settings'}")
-    checkpoint["config"].setdefault("patch", 1)  # runs made before there were patches
+    checkpoint["config"] = OLDER | checkpoint["config"]
     return checkpoint
 
 

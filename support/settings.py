@@ -67,7 +67,7 @@ def add_settings(parser: Parser, groups: dict[str, type]) -> None:
             whose = [f"--{of}: ".replace("=", " ") for of in row["of"] if not of.startswith("task=diffusion")]
             options["help"] = "".join(whose or ["--sample: "] * (row.get("sample") == "only")) + row["help"]
             if default is False:
-                options["action"] = "store_true"
+                options.setdefault("action", "store_true")
             elif default is not None and "(default" not in options["help"]:
                 between = " " if "nargs" in options else ","  # as they are typed
                 shown = between.join(map(str, default)) if isinstance(default, list) else default
@@ -177,4 +177,5 @@ def listed(kind: Callable[[str], object], names: Container[str] | None = None) -
     return parse
 
 
-COUNT, POSITIVE = whole(1), real(0, above=True)
+COUNT, POSITIVE, SWITCH = whole(1), real(0, above=True), argparse.BooleanOptionalAction
+OLDER = {"patch": 1, "places": False, "adagn": False, "text_kernel": 0}  # of runs from before these

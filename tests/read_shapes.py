@@ -5,7 +5,7 @@ python tests/read_shapes.py runs/ddpm_conditional_shapes --words
 
 Colour, shape and size are right where the picture has just the shapes of the caption, in these colours, of
 these shapes or sizes. A relation is right where the shapes are also in the places that the caption gives
-them. --words says instead, at four noise levels, by how much the error of x_0 grows where all words of a kind
+them. --words says instead, at four SNRs, by how much the error of x_0 grows where all words of a kind
 are wrong: what a network has learned of them, long before its samples are right.
 """
 
@@ -198,6 +198,7 @@ def next_of(words):
 WRONG = {kind: next_of(list(words)) for kind, words in (("background", BACKGROUNDS), ("colour", COLOURS))}
 WRONG |= {"size": next_of(list(SIZES)), "shape": next_of(list(SHAPES))}
 WRONG["place"] = next_of(["left", "right"]) | next_of(["above", "below"]) | next_of(["top", "bottom"])
+WRONG["relation"] = WRONG["place"]  # of two shapes, and "place" of one
 
 
 @torch.no_grad()
@@ -217,6 +218,11 @@ def words_learned(net, diffusion, vocabulary, size, t, count):
     growth = {"no caption": (errors([""] * count).mean() / right.mean()).item() - 1}
     for kind, other in WRONG.items():
         wrong = [" ".join(other.get(word, word) for word in caption.split()) for caption in data.captions]
+        if kind in ("place", "relation"):
+            count = 2 if kind == "relation" else 1
+            is_meant = [len(described(caption)[0]) == count for caption in data.captions]
+            choices = zip(is_meant, wrong, data.captions, strict=True)
+            wrong = [one if meant else caption for meant, one, caption in choices]
         has = torch.tensor([one != caption for one, caption in zip(wrong, data.captions, strict=True)])
         growth[kind] = (errors(wrong)[has].mean() / right[has].mean()).item() - 1
     return right.mean().item(), growth
@@ -234,7 +240,8 @@ def main():
     net, diffusion, config = ddpm.load_network(args.checkpoint, kinds=("ddpm_conditional",))
     vocabulary, size = Vocabulary(**config["vocabulary"]), config["image_size"]
     if args.words:
-        for t in (900, 800, 700, 500):
+        for snr in (0.006, 0.025, 0.1, 1):
+            t = int((diffusion.snr[1:] - snr).abs().argmin()) + 1
             error, growth = words_learned(net, diffusion, vocabulary, size, t, 4 * args.count)
             grown = ", ".join(f"{kind} {share:.1%}" for kind, share in growth.items())
             print(f"t = {t}, SNR {diffusion.snr[t]:.3f}: error {error:.4f}; grows by {grown}", flush=True)

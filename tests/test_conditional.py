@@ -143,6 +143,18 @@ def test_a_text_run_keeps_its_vocabulary(runs):
     }
 
 
+def test_a_text_run_from_before_words_were_mixed_goes_on(conditional):
+    assert conditional(*SHAPES, "--text-kernel", 0, "--no-adagn", "--no-places").code == 0
+    run = Path("runs/ddpm_conditional_shapes")
+    state = torch.load(run / "ckpt.pt", weights_only=True)
+    for name in ("text_kernel", "adagn", "places"):
+        del state["config"][name]
+    torch.save(state, run / "ckpt.pt")
+    assert conditional("--sample", 1, "--checkpoint", run, "--sample-steps", 1).code == 0
+    assert conditional("--resume", run, "--epochs", 3).code == 0
+    assert torch.load(run / "ckpt.pt", weights_only=True)["config"]["text_kernel"] == 0
+
+
 def test_classifier_logs_accuracy_per_noise_level(runs):
     with open(runs / "classifier_digits/accuracy.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -300,7 +312,7 @@ def test_real_captions_train(conditional, data_root):
 @pytest.mark.parametrize(
     "flags, loss",
     [
-        ([], ("x_0", "p2", 0.1)),
+        ([], ("x_0", "p2", 0.01)),
         (["--p2-k", 2], ("x_0", "p2", 2.0)),
         (["--prediction", "eps"], ("eps", None, 1.0)),
         (["--weighting", "min_snr"], ("v", "min_snr", 1.0)),

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from modules import (
     EMA,
     Attention,
+    Autoencoder,
     Classifier,
     ConditionalUNet,
     ResidualBlock,
@@ -141,6 +142,18 @@ def test_residual_block_adds_time_between_its_convolutions():
     assert torch.allclose(
         block(x, emb), h + F.conv2d(x, block.shortcut.weight, block.shortcut.bias), atol=1e-5
     )
+
+
+def test_adagn_scales_and_shifts_what_the_second_norm_gives():
+    block = randomized(ResidualBlock(8, 12, emb_dim=5, adagn=True)).eval()
+    x, emb = torch.randn(2, 8, 6, 6), torch.randn(2, 5)
+    h = F.conv2d(F.silu(block.norm1(x)), block.conv1.weight, block.conv1.bias, padding=1)
+    scale, shift = (F.silu(emb) @ block.time.weight.T + block.time.bias).view(2, 2, 12, 1, 1).unbind(1)
+    h = F.silu(block.norm2(h) * (1 + scale) + shift)
+    h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
+    assert torch.allclose(block(x, emb), h + block.shortcut(x), atol=1e-5)
+    assert all(block.adagn for block in UNet(adagn=True).modules() if isinstance(block, ResidualBlock))
+    assert not Autoencoder(adagn=True, width=8).middle[0].block.adagn  # which has no time
 
 
 def test_attention_is_softmax_over_positions():
@@ -275,6 +288,19 @@ def test_words_and_their_order_matter():
     for i in range(4):
         for j in range(i):
             assert (out[i] - out[j]).abs().max() > 1e-3
+
+
+def test_each_word_is_mixed_with_those_beside_it():
+    torch.manual_seed(0)
+    net = TextUNet(vocabulary=8, max_tokens=6, text_width=32, text_layers=0, text_kernel=3, **SMALL)
+    tokens, _ = net.embed(torch.ones(4, dtype=torch.long), CAPTIONS)[1]
+    position, weight = net.position_embedding.weight, net.beside.weight  # (6, 32), (32, 32, 3)
+    for caption, found in zip(CAPTIONS, tokens, strict=True):
+        words = caption[caption != PAD]
+        h = net.token_embedding.weight[words] + position[: len(words)]
+        beside = F.pad(h, (0, 0, 1, 1))  # nothing stands before the first and after the last
+        mixed = sum(beside[k : k + len(words)] @ weight[:, :, k].T for k in range(3)) + net.beside.bias
+        assert torch.allclose(found[: len(words)], F.layer_norm(h + mixed, (32,)), atol=1e-5)
 
 
 def test_empty_caption_is_the_null_condition():

@@ -59,9 +59,12 @@ def test_an_old_run_goes_on_as_it_would_have(old, script):
     assert [row["epoch"] for row in csv.DictReader(open(run / "log.csv"))] == ["1", "2", "3", "4"]
     config = json.loads((run / "config.json").read_text())
     assert OF_SAMPLES & before.keys() and config == state["config"] and not OF_SAMPLES & config.keys()
-    assert config == {key: before.get(key) for key in config} | {"epochs": 4, "patch": 1}  # the others stay
-    newer = {"spacing", "latent", "downsampling", "latent_channels", "patch"}  # than the run
-    assert config.keys() - before.keys() == newer
+    newer = dict.fromkeys(("spacing", "latent", "downsampling", "latent_channels"))  # than the run
+    newer |= {"patch": 1, "places": False, "adagn": False} | (
+        {"text_kernel": 0} if module is ddpm_conditional else {}
+    )
+    assert config == {key: before.get(key) for key in config} | {"epochs": 4} | newer  # the others stay
+    assert config.keys() - before.keys() == newer.keys()
 
 
 def test_an_old_run_is_sampled_as_it_was(old, script):
