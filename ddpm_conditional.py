@@ -336,9 +336,7 @@ CONDITION = "condition of the network: %(choices)s (default: label where the dat
 class TaskSettings:
     task: str = setting("diffusion", "what to train: %(choices)s", "NAME", choices=TASKS)
     condition: str | None = setting(None, CONDITION, "NAME", choices=CONDITIONS, of="task=diffusion")
-    text_kernel: int = setting(
-        7, "size of the kernel over words; 0: none", "N", whole(0), of="condition=text"
-    )
+    text_kernel: int = setting(7, "kernel size over words; 0: none", "N", whole(0), of="condition=text")
     p_uncond: float = setting(0.1, DROP, "P", real(0, 1), of="task=diffusion")
     init: str | None = setting(None, "unconditional run to start from", "RUN", of="task=diffusion")
 

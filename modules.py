@@ -142,9 +142,9 @@ class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
     patch x patch pixels are the channels of one position (Hoogeboom et al. 2023). Level i has width *
-    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks, with dropout and adagn
-    as `block`; `attention` lists the levels with self-attention, which the middle always has, and level 0
-    never: it costs sixteen times that of level 1. ValueError where `divisor` does not divide H and W.
+    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `block` are dropout,
+    adagn and places. `attention` lists the levels with self-attention, which the middle always has, and level
+    0 never: it costs sixteen times that of level 1. ValueError where `divisor` does not divide H and W.
     """
 
     timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
