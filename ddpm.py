@@ -301,7 +301,6 @@ VARIANCES = ("posterior", "beta")
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps (default: plain MSE on the output; min_snr for cars, p2 for shapes and cars by class)"""
-SCHEDULE = "noise schedule: %(choices)s (default: cosine; linear for shapes)"
 PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars and shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
@@ -310,11 +309,11 @@ OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previ
 @settings(of="task=diffusion/classifier")
 class DiffusionSettings:
     noise_steps: int = setting(1000, "number of noise levels", "T", whole(2))
-    schedule: str = setting("cosine", SCHEDULE, "NAME", choices=SCHEDULES)
+    schedule: str = setting("cosine", "noise schedule: %(choices)s", "NAME", choices=SCHEDULES)
     prediction: str = setting("v", PREDICTION, "NAME", choices=PLAIN_MSE, of="task=diffusion")
     weighting: str | None = setting(None, WEIGHTING, "NAME", choices=WEIGHTINGS, of="task=diffusion")
     p2_gamma: float = setting(1.0, "gamma of 1 / (k + snr)^gamma", "G", real(0), of="weighting=p2")
-    p2_k: float = setting(1.0, "k (default: 1.0; shapes .01, cars .1)", "K", POSITIVE, of="weighting=p2")
+    p2_k: float = setting(1.0, "k (default: 1.0; shapes, cars by class .1)", "K", POSITIVE, of="weighting=p2")
     min_snr_gamma: float = setting(5.0, "largest snr that counts", "G", POSITIVE, of="weighting=min_snr")
 
 

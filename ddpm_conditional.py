@@ -365,8 +365,7 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        content = utils.FOR_CONTENT | {utils.P2: ("x_0", "p2", 0.1)}
-        own = {"digits": {"epochs": 30}, "stanfordcars": content}  # ten classes take longer
+        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # ten classes take longer
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:

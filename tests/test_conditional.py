@@ -312,7 +312,7 @@ def test_real_captions_train(conditional, data_root):
 @pytest.mark.parametrize(
     "flags, loss",
     [
-        ([], ("x_0", "p2", 0.01)),
+        ([], ("x_0", "p2", 0.1)),
         (["--p2-k", 2], ("x_0", "p2", 2.0)),
         (["--prediction", "eps"], ("eps", None, 1.0)),
         (["--weighting", "min_snr"], ("v", "min_snr", 1.0)),
