@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
     With a context its L tokens are further keys and values (GLIDE, Nichol et al. 2021, section 4.1). Each of
     the heads has C / heads of the channels (Vaswani et al. 2017, section 3.2.2); DDPM has one. With `places`
-    it also reads where each position is (their section 3.5, in two dimensions).
+    it also reads sines and cosines of where each position is, as words are read (their section 3.5).
     """
 
     def __init__(self, channels: int, context_dim: int = 0, heads: int = 1, places: bool = False):

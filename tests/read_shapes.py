@@ -219,8 +219,8 @@ def words_learned(net, diffusion, vocabulary, size, t, count):
     for kind, other in WRONG.items():
         wrong = [" ".join(other.get(word, word) for word in caption.split()) for caption in data.captions]
         if kind in ("place", "relation"):
-            count = 2 if kind == "relation" else 1
-            is_meant = [len(described(caption)[0]) == count for caption in data.captions]
+            shapes = 2 if kind == "relation" else 1
+            is_meant = [len(described(caption)[0]) == shapes for caption in data.captions]
             choices = zip(is_meant, wrong, data.captions, strict=True)
             wrong = [one if meant else caption for meant, one, caption in choices]
         has = torch.tensor([one != caption for one, caption in zip(wrong, data.captions, strict=True)])

@@ -328,6 +328,28 @@ def test_what_joins_the_time_embedding_is_made_of_words_from_the_start():
     assert alike.mean() < 0.5
 
 
+def test_with_places_attention_reads_where_each_position_is():
+    """Half a period, then a whole one, of sines and cosines over the height and the width, written out."""
+    torch.manual_seed(0)
+    layer, plain = Attention(8, places=True), Attention(8)
+    for weight in layer.parameters():
+        weight.data.normal_()
+    plain.load_state_dict({name: w for name, w in layer.state_dict().items() if "place" not in name})
+    x, height, width = torch.randn(2, 8, 3, 4), 3, 4
+    codes = torch.empty(8, height, width)
+    for i in range(height):
+        for j in range(width):
+            angles = [math.pi * (i / (height - 1) - 0.5), math.pi * (j / (width - 1) - 0.5)]
+            half, whole = ([f(k * a) for f in (math.sin, math.cos) for a in angles] for k in (1, 2))
+            codes[:, i, j] = torch.tensor(half + whole)
+    weight, bias = layer.place.weight[:, :, 0, 0], layer.place.bias
+    read = layer.norm(x) + torch.einsum("ck,khw->chw", weight, codes) + bias[:, None, None]
+    plain.norm = torch.nn.Identity()
+    assert torch.allclose(layer(x) - x, plain(read) - read, atol=1e-4)
+    same = torch.ones(1, 8, 3, 4)  # attention alone returns the same at every place
+    assert layer(same).std((2, 3)).max() > 0.1 and plain(same).std((2, 3)).max() < 1e-4
+
+
 def test_context_is_further_keys_and_values():
     """softmax over H W + L keys, written out, padding left out of the sum."""
     layer = randomized(Attention(8, context_dim=5))
