@@ -44,11 +44,15 @@ def timestep_embedding(t: torch.Tensor, dim: int, shift: int = 1) -> torch.Tenso
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with min(32, channels // 4) groups, or the next smaller number that divides `channels`."""
-    most = max(1, min(32, channels // 4))
-    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in float32, with min(32, channels // 4) groups, or the next smaller divisor of `channels`."""
+
+    def __init__(self, channels: int):
+        most = max(1, min(32, channels // 4))
+        super().__init__(next(n for n in range(most, 0, -1) if channels % n == 0), channels, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))  # in bfloat16 a CPU takes several times as long
 
 
 def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
@@ -67,9 +71,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, dropout: float = 0.0, adagn: bool = False):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.norm1, self.conv1 = GroupNorm(c_in), init_layer(nn.Conv2d(c_in, c_out, 3, padding=1))
         self.time = init_layer(nn.Linear(emb_dim, (1 + adagn) * c_out)) if emb_dim else None
-        self.norm2, self.adagn = group_norm(c_out), adagn and emb_dim > 0
+        self.norm2, self.adagn = GroupNorm(c_out), adagn and emb_dim > 0
         self.conv2 = init_layer(nn.Conv2d(c_out, c_out, 3, padding=1), zero=True)
         self.dropout = nn.Dropout(dropout)
         self.shortcut = init_layer(nn.Conv2d(c_in, c_out, 1)) if c_in != c_out else nn.Identity()
@@ -98,7 +102,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, context_dim: int = 0, heads: int = 1, places: bool = False):
         super().__init__()
-        self.norm, self.heads = group_norm(channels), heads
+        self.norm, self.heads = GroupNorm(channels), heads
         self.place = nn.Conv2d(8, channels, 1) if places else None
         self.q, self.k, self.v = (init_layer(nn.Conv2d(channels, channels, 1)) for _ in range(3))
         self.out = init_layer(nn.Conv2d(channels, channels, 1), zero=True)
@@ -233,7 +237,7 @@ class UNet(Encoder):
                 self.upsample.append(nn.Sequential(OrderedDict(nearest=repeat, conv=conv)))
 
         out = nn.Conv2d(c, self.conv_in.in_channels, 3, padding=1)
-        self.norm_out, self.conv_out = group_norm(c), init_layer(out, zero=True)
+        self.norm_out, self.conv_out = GroupNorm(c), init_layer(out, zero=True)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
         emb, context = self.embed(t, y)  # (B, 4 * width)
@@ -274,9 +278,8 @@ class PublishedUNet(UNet):
 
 
 def set_norms(net: nn.Module, groups: int, eps: float) -> None:
-    for module in net.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.num_groups, module.eps = groups, eps
+    for norm in (module for module in net.modules() if isinstance(module, GroupNorm)):
+        norm.num_groups, norm.eps = groups, eps
 
 
 class ConditionalUNet(UNet):
@@ -356,7 +359,7 @@ class Classifier(Encoder):
     def __init__(self, num_classes: int, *encoder, **more):
         super().__init__(*encoder, **more)
         c = self.skip_channels[-1]
-        self.norm_out, self.head = group_norm(c), init_layer(nn.Linear(c, num_classes))
+        self.norm_out, self.head = GroupNorm(c), init_layer(nn.Linear(c, num_classes))
 
     def features(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the logits are made of, (B, width * multipliers[-1])."""
@@ -380,7 +383,7 @@ class Autoencoder(UNet):
     def __init__(self, latent_channels: int = 4, *encoder, **more):
         super().__init__(*encoder, **more)
         c, self.latent_channels = self.skip_channels[-1], latent_channels
-        self.norm_z, self.conv_z = group_norm(c), init_layer(nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
+        self.norm_z, self.conv_z = GroupNorm(c), init_layer(nn.Conv2d(c, 2 * latent_channels, 3, padding=1))
         self.conv_up = init_layer(nn.Conv2d(latent_channels, c, 3, padding=1))
         self.middle_up = nn.Sequential(self.block(c, c, attention=True), self.block(c, c, attention=False))
 
