@@ -193,8 +193,7 @@ def chosen_images(settings: Settings, config: dict | None = None, count: int = 1
     if settings.image:
         return read_images(settings.image, config["image_size"] or 64, config["channels"] or 3)
     images = real_data(config, settings).images
-    order = torch.randperm(len(images), generator=seeded_generator(settings.seed))
-    return to_x_0(images[order[:count]])
+    return to_x_0(images[torch.randperm(len(images), generator=seeded_generator(settings.seed))[:count]])
 
 
 def nearest_times(diffusion: Diffusion, snr: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ class Diffusion:
     """The forward process q(x_t | x_0), what a network is trained to predict of it, and how that becomes eps.
 
     `alpha_bar` and `snr` (T+1,) float64 on the CPU. `schedule` is a name in SCHEDULES or any f(T) -> betas;
-    `prediction` is what the network's output means: "eps", "x_0" or "v"; `weighting` is a name in WEIGHTINGS
-    or any w(snr), None being plain MSE on the prediction. ValueError for T < 2 or an unknown name.
+    `prediction` is what the network's output means: "eps", "x_0", "v" or "dual"; `weighting` is a name in
+    WEIGHTINGS or any w(snr), None being plain MSE on the prediction. ValueError for T < 2 or an unknown name.
     """
 
     def __init__(self, noise_steps: int = 1000, schedule="cosine", prediction="v", weighting=None):
@@ -71,7 +71,7 @@ class Diffusion:
         # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2. It comes with
         # d_v = signal d_eps - noise d_x_0 = d_eps / signal (signal^2 + noise^2 = 1), so d_eps^2 = ab d_v^2.
         snr = self.snr[1:]
-        factor = {"eps": torch.ones_like(snr), "x_0": snr, "v": self.alpha_bar[1:]}[prediction]
+        factor = {"x_0": snr, "v": self.alpha_bar[1:]}.get(prediction, 1)  # 1 for eps, and for that of dual
         self.weight = torch.cat([0 * one, w(snr) * factor])  # (T+1,); t = 0 is never trained
 
     def scales(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +86,9 @@ class Diffusion:
         return signal * x_0 + noise * eps, eps  # DDPM, eq. 4, reparameterised: N(sqrt(ab) x_0, (1 - ab) I)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should predict: eps, x_0 or v = sqrt(ab) eps - sqrt(1 - ab) x_0; (B, C, H, W)."""
+        """What the error is of: eps, x_0 or v = sqrt(ab) eps - sqrt(1 - ab) x_0; (B, C, H, W)."""
         if self.prediction != "v":
-            return eps if self.prediction == "eps" else x_0
+            return x_0 if self.prediction == "x_0" else eps
         signal, noise = self.scales(t, x_0)
         return signal * eps - noise * x_0  # Salimans & Ho 2022, appendix D
 
@@ -97,6 +97,7 @@ class Diffusion:
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); x_t, as in line 5
         out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or the network's x_0 or v
+        out = self.eps_from_output(x_t, out, t) if self.prediction == "dual" else out  # the eps of both
         error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3))  # (B,), line 5: ||...||^2
         weight = self.weight.to(x_0.dtype).to(x_0.device)[t]  # (B,); 1 for eps is L_simple, eq. 14
         return (weight * error).mean()
@@ -117,21 +118,21 @@ class Diffusion:
         return (x_t - signal * x_0) / noise
 
     def eps_from_output(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
-        """The noise in x_t by the network's output `out`, which is an eps, x_0 or v; (B, C, H, W)."""
+        """The noise in x_t by the network's output: an eps, x_0 or v (B, C, H, W), or dual (B, 2C, H, W)."""
         if self.prediction == "eps":
             return out
         if self.prediction == "x_0":
             return self.eps_from_x_0(x_t, out, t)
         signal, noise = self.scales(t, x_t)
+        if self.prediction == "dual":  # an eps, and an x_0 for low SNR, where an eps says little of the image
+            # half of each at SNR 0.03 (Benny & Wolf 2022, https://arxiv.org/abs/2203.04304, learn the share)
+            (eps, x_0), share = out.chunk(2, dim=1), 0.03 / (0.03 + (signal / noise) ** 2)
+            return (1 - share) * eps + share * self.eps_from_x_0(x_t, x_0, t)
         return noise * x_t + signal * out  # from v (Salimans & Ho 2022, appendix D)
 
     def denoiser(self, net, y: Tensor | None = None):
         """`eps_theta(x_t, t) -> eps` for a network of any prediction; it is called with the condition y."""
-
-        def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
-            return self.eps_from_output(x_t, net(x_t, t, y).to(x_t.dtype), t)
-
-        return eps_theta
+        return lambda x_t, t: self.eps_from_output(x_t, net(x_t, t, y).to(x_t.dtype), t)
 
     # The times that a sampler visits.
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
@@ -301,7 +302,7 @@ VARIANCES = ("posterior", "beta")
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps (default: plain MSE on the output; min_snr for cars, p2 for shapes and cars by class)"""
-PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars and shapes)"
+PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars, dual for shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
 
@@ -313,7 +314,7 @@ class DiffusionSettings:
     prediction: str = setting("v", PREDICTION, "NAME", choices=PLAIN_MSE, of="task=diffusion")
     weighting: str | None = setting(None, WEIGHTING, "NAME", choices=WEIGHTINGS, of="task=diffusion")
     p2_gamma: float = setting(1.0, "gamma of 1 / (k + snr)^gamma", "G", real(0), of="weighting=p2")
-    p2_k: float = setting(1.0, "k (default: 1.0; shapes, cars by class .1)", "K", POSITIVE, of="weighting=p2")
+    p2_k: float = setting(1.0, "k (default: 1.0; cars by class .1)", "K", POSITIVE, of="weighting=p2")
     min_snr_gamma: float = setting(5.0, "largest snr that counts", "G", POSITIVE, of="weighting=min_snr")
 
 
@@ -485,11 +486,9 @@ class TaskSettings:
 # From settings to diffusion, networks and samples ---------------------------------------------------------
 def make_diffusion(config: dict) -> Diffusion:
     """The diffusion process and loss of a run; a note where the schedule leaves signal at t = T."""
-    weighting = config["weighting"]
-    if weighting == "p2":
-        weighting = partial(utils.p2, gamma=config["p2_gamma"], k=config["p2_k"])
-    elif weighting == "min_snr":
-        weighting = partial(utils.min_snr, gamma=config["min_snr_gamma"])
+    p2 = partial(utils.p2, gamma=config.get("p2_gamma"), k=config.get("p2_k"))
+    min_snr = partial(utils.min_snr, gamma=config.get("min_snr_gamma"))
+    weighting = {"p2": p2, "min_snr": min_snr}.get(config["weighting"], config["weighting"])
     diffusion = Diffusion(config["noise_steps"], config["schedule"], config["prediction"], weighting)
     if diffusion.alpha_bar[-1] > 2e-3:
         left = f"leaves {diffusion.signal[-1]:.1%} of the signal at t = T"

@@ -153,8 +153,7 @@ def check_guidance(settings: GuidanceSettings, T: int | None = None, latent: str
     if interval and T and interval[1] > T:
         raise UserError(f"--guidance-interval: t runs from 1 to {T}")
     if latent and settings.dynamic_threshold:
-        pixels = "for pixels, which lie in [-1, 1], not for latents"
-        raise UserError(f"--dynamic-threshold is {pixels}: leave it out")
+        raise UserError("--dynamic-threshold is for pixels, in [-1, 1], not for latents: leave it out")
 
 
 # Training: a conditional denoiser, or a noise-aware classifier. -------------------------------------------

@@ -218,10 +218,10 @@ class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
     The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level. Each block of the
-    way up also takes a skip. The arguments are the Encoder's.
+    way up also takes a skip. The output has outputs * C channels. The other arguments are the Encoder's.
     """
 
-    def __init__(self, *encoder, **more):
+    def __init__(self, *encoder, outputs=1, **more):
         super().__init__(*encoder, **more)
         c, skips = self.skip_channels[-1], list(self.skip_channels)
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
@@ -236,7 +236,7 @@ class UNet(Encoder):
                 repeat, conv = nn.Upsample(scale_factor=2.0), init_layer(nn.Conv2d(c, c, 3, padding=1))
                 self.upsample.append(nn.Sequential(OrderedDict(nearest=repeat, conv=conv)))
 
-        out = nn.Conv2d(c, self.conv_in.in_channels, 3, padding=1)
+        out = nn.Conv2d(c, outputs * self.conv_in.in_channels, 3, padding=1)
         self.norm_out, self.conv_out = GroupNorm(c), init_layer(out, zero=True)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
@@ -487,6 +487,8 @@ def make_network(config: dict) -> nn.Module:
         make = partial(TextUNet, END + 1 + len(words), max_tokens, text_kernel=config["text_kernel"])
     elif kind == "ddpm_conditional":
         make = partial(ConditionalUNet, len(config["class_names"]))
+    if config.get("prediction") == "dual" and config["task"] == "diffusion":
+        make = partial(make, outputs=2)  # an eps and an x_0
     try:
         return make(channels, **{name: config[name] for name in vars(NetworkSettings())})
     except ValueError as error:

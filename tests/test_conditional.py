@@ -307,13 +307,16 @@ def test_real_captions_train(conditional, data_root):
     for name in ("classes", "cars"):
         config = torch.load(f"runs/{name}/ckpt.pt", weights_only=True)["config"]
         assert (config["prediction"], config["weighting"], config["p2_k"]) == ("x_0", "p2", 0.1)
+    assert conditional(*TINY, *cars, "--p2-k", 2, "--name", "k").code == 0
+    config = torch.load("runs/k/ckpt.pt", weights_only=True)["config"]
+    assert (config["prediction"], config["weighting"], config["p2_k"]) == ("x_0", "p2", 2.0)
 
 
 @pytest.mark.parametrize(
     "flags, loss",
     [
-        ([], ("x_0", "p2", 0.1)),
-        (["--p2-k", 2], ("x_0", "p2", 2.0)),
+        ([], ("dual", "p2", 1.0)),
+        (["--p2-k", 2], ("dual", "p2", 2.0)),
         (["--prediction", "eps"], ("eps", None, 1.0)),
         (["--weighting", "min_snr"], ("v", "min_snr", 1.0)),
         (["--weighting", "p2"], ("v", "p2", 1.0)),

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import TINY, error_line
 from PIL import Image
 
 import ddpm
@@ -69,6 +69,16 @@ def test_it_is_shown_after_every_epoch_at_every_sigma_on_images_kept_back(cli, t
     at_own = [float(r["denoised"]) for r in rows if r["sigma"] == "0.4"]
     assert at_own[-1] > at_own[0]  # it learns
     assert "python analysis.py denoise runs/denoiser_digits" in result.out
+
+
+def test_an_output_of_both_is_for_diffusion_alone(cli):
+    """shapes are denoised by an eps and an x_0 at once; the single-step denoiser gives one image."""
+    assert cli(*FLAGS, "--epochs", 1, "--dataset", "shapes", "--limit", 32).code == 0
+    assert cli(*TINY, "--dataset", "shapes", "--limit", 32).code == 0
+    for name, channels in (("denoiser", 3), ("ddpm", 6)):
+        weights = torch.load(f"runs/{name}_shapes/ckpt.pt", weights_only=True)["net"]
+        assert len(weights["conv_out.weight"]) == channels
+    assert cli("--sample", 2, "--checkpoint", "runs/ddpm_shapes", "--sample-steps", 2).code == 0
 
 
 def test_it_resumes_and_goes_on_in_its_table(cli, tmp_path):

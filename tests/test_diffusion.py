@@ -65,6 +65,21 @@ def test_conversions_invert_target(schedule, prediction):
     assert torch.equal(diffusion.denoiser(lambda x, t, y: out)(x_t, t), eps_back)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_dual_is_the_mean_of_least_variance(schedule):
+    """Of an eps and an x_0 with independent errors, whose variances are as 0.03 to 1."""
+    diffusion = Diffusion(1000, schedule, "dual")
+    x_0, t, g = batch()
+    x_t, eps = diffusion.noise_images(x_0, t, g)
+    assert torch.allclose(diffusion.eps_from_output(x_t, torch.cat([eps, x_0], dim=1), t), eps, atol=1e-8)
+    ones = torch.ones_like(x_0)  # an error of each in turn, of one standard deviation
+    from_eps = diffusion.eps_from_output(x_t, torch.cat([eps + 0.03**0.5 * ones, x_0], dim=1), t) - eps
+    from_x_0 = diffusion.eps_from_output(x_t, torch.cat([eps, x_0 + ones], dim=1), t) - eps
+    variance = from_eps**2 + from_x_0**2
+    snr = diffusion.snr[t].view(-1, 1, 1, 1)
+    assert torch.allclose(1 / variance, 1 / 0.03 + 1 / snr)  # the law of inverse variances
+
+
 def test_v_is_the_velocity():
     """v = d x_t / d phi with sqrt(alpha_bar) = cos phi (Salimans & Ho 2022, appendix D)."""
     diffusion = Diffusion(prediction="v")
@@ -135,11 +150,11 @@ def test_weightings():
 
 def loss_of(diffusion, x_0, seed=3):
     """The loss of a network whose output is 0.3 everywhere, and its inputs x_t, the eps in them, and t."""
-    inputs = []
+    inputs, outputs = [], 2 if diffusion.prediction == "dual" else 1
 
     def net(x_t, t, y=None):
         inputs.extend((x_t, t))
-        return torch.full_like(x_t, 0.3)
+        return torch.full_like(x_t, 0.3).repeat(1, outputs, 1, 1)
 
     loss = diffusion.loss(net, x_0, generator=torch.Generator().manual_seed(seed))
     x_t, t = inputs
@@ -156,17 +171,22 @@ def test_default_loss_is_plain_mse_on_the_prediction(prediction):
     )
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, "dual"])
 @pytest.mark.parametrize("weighting", [*WEIGHTINGS, partial(p2, gamma=0.5, k=3.0)])
 def test_a_weighting_is_the_weight_of_the_error_of_eps(prediction, weighting):
     diffusion = Diffusion(prediction=prediction, weighting=weighting)
     x_0, _, _ = batch()
     loss, x_t, eps, t = loss_of(diffusion, x_0)
-    eps_predicted = diffusion.eps_from_output(x_t, torch.full_like(x_t, 0.3), t)
+    out = torch.full_like(x_t, 0.3).repeat(1, 2 if prediction == "dual" else 1, 1, 1)
+    eps_predicted = diffusion.eps_from_output(x_t, out, t)
     alpha_bar = diffusion.alpha_bar[t]
     w = WEIGHTINGS.get(weighting, weighting)(alpha_bar / (1 - alpha_bar))
     expected = (w * (eps_predicted - eps).square().mean(dim=(1, 2, 3))).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_plain_mse_of_dual_is_that_of_its_eps():
+    assert (Diffusion(prediction="dual").weight[1:] == 1).all()
 
 
 def test_loss_draws_every_t_from_1_to_T_alike():

@@ -110,7 +110,7 @@ def test_cfg_is_one_batch_of_both_halves(two):
     assert net.calls == [6]
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x_0", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "x_0", "v", "dual"])
 def test_cfg_guides_eps_whatever_the_network_predicts(two, prediction):
     """eps is linear in x_0 and in v at fixed x_t, so guidance of any is guidance of eps."""
     diffusion, net, x, t, y = two
@@ -118,7 +118,8 @@ def test_cfg_guides_eps_whatever_the_network_predicts(two, prediction):
 
     def predicts(x, t, y):
         eps = net(x, t, y)
-        return other.target(diffusion.x_0_from_eps(x, eps, t), eps, t)
+        x_0 = diffusion.x_0_from_eps(x, eps, t)
+        return torch.cat([eps, x_0], dim=1) if prediction == "dual" else other.target(x_0, eps, t)
 
     predicts.null = net.null
     assert torch.allclose(cfg(other, predicts, y, 3.0)(x, t), closed_form(diffusion, x, t, y, 3.0), atol=1e-9)

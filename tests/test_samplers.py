@@ -22,7 +22,7 @@ from support.machine import Watched, progress
 from utils import SCHEDULES
 
 M, S = 0.3, 0.5
-PREDICTIONS = ["eps", "x_0", "v"]
+PREDICTIONS = ["eps", "x_0", "v", "dual"]
 DETERMINISTIC = ["ddim", "pndm", "dpm_solver"]
 ACCURATE = ("linear", "cosine", "quadratic", "sigmoid", "constant", "jsd", "laplace", "flow")
 
@@ -35,7 +35,8 @@ def ideal_net(diffusion):
         ab = diffusion.alpha_bar[t].view(-1, 1, 1, 1).to(x_t.dtype)
         x_0 = M + ab.sqrt() * S**2 / (ab * S**2 + 1 - ab) * (x_t - ab.sqrt() * M)  # E[x_0 | x_t]
         eps = (1 - ab).sqrt() / (ab * S**2 + 1 - ab) * (x_t - ab.sqrt() * M)  # E[eps | x_t]
-        return {"eps": eps, "x_0": x_0, "v": ab.sqrt() * eps - (1 - ab).sqrt() * x_0}[diffusion.prediction]
+        v, dual = ab.sqrt() * eps - (1 - ab).sqrt() * x_0, torch.cat([eps, x_0], dim=1)
+        return {"eps": eps, "x_0": x_0, "v": v, "dual": dual}[diffusion.prediction]
 
     return net
 
