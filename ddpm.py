@@ -96,7 +96,7 @@ class Diffusion:
         """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); x_t, as in line 5
-        out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or the network's x_0 or v
+        out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or what else it predicts
         out = self.eps_from_output(x_t, out, t) if self.prediction == "dual" else out  # the eps of both
         error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3))  # (B,), line 5: ||...||^2
         weight = self.weight.to(x_0.dtype).to(x_0.device)[t]  # (B,); 1 for eps is L_simple, eq. 14
@@ -127,7 +127,7 @@ class Diffusion:
         if self.prediction == "dual":  # an eps, and an x_0 for low SNR, where an eps says little of the image
             # half of each at SNR 0.03 (Benny & Wolf 2022, https://arxiv.org/abs/2203.04304, learn the share)
             (eps, x_0), share = out.chunk(2, dim=1), 0.03 / (0.03 + (signal / noise) ** 2)
-            return (1 - share) * eps + share * self.eps_from_x_0(x_t, x_0, t)
+            return eps.lerp(self.eps_from_x_0(x_t, x_0, t), share)
         return noise * x_t + signal * out  # from v (Salimans & Ho 2022, appendix D)
 
     def denoiser(self, net, y: Tensor | None = None):
@@ -302,7 +302,7 @@ VARIANCES = ("posterior", "beta")
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
 is plain MSE on eps (default: plain MSE on the output; min_snr for cars, p2 for shapes and cars by class)"""
-PREDICTION = "network's output: %(choices)s (default: v; x_0 for stanfordcars, dual for shapes)"
+PREDICTION = "network's output: %(choices)s; dual is eps and x_0 (default: v; x_0 for cars, dual for shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
 

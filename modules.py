@@ -2,8 +2,8 @@
 labels or captions, a classifier of noisy images, an autoencoder, whose latents can take the place of pixels
 (LDM, Rombach et al. 2022, https://arxiv.org/abs/2112.10752), and the average of a network's weights.
 
-Every UNet is called as `net(x_t, t, y=None) -> out`, out shaped as x_t. What `out` means (the noise, the
-clean image or v) is the business of ddpm.Diffusion.
+Every UNet is called as `net(x_t, t, y=None) -> out`, out shaped as x_t, or with twice the channels. What
+`out` means (the noise, the clean image, v, or the first two) is the business of ddpm.Diffusion.
 """
 
 import copy
@@ -218,7 +218,7 @@ class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
     The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level. Each block of the
-    way up also takes a skip. The output has outputs * C channels. The other arguments are the Encoder's.
+    way up also takes a skip. With 2 `outputs` there are 2 C channels. The other arguments are the Encoder's.
     """
 
     def __init__(self, *encoder, outputs=1, **more):
@@ -244,14 +244,14 @@ class UNet(Encoder):
         return self.ascend(*self.encode(x, emb, context), emb, context)
 
     def ascend(self, h: torch.Tensor, skips=(), emb=None, context: Context | None = None) -> torch.Tensor:
-        """The way up from the middle, h, to the output (B, C, H, W)."""
+        """The way up from the middle, h, to the output (B, outputs * C, H, W)."""
         for i, blocks in enumerate(self.up):
             for block in blocks:
                 h = torch.cat([h, skips.pop()], dim=1) if skips else h  # (B, c + c_skip, ...)
                 h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the height and width
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)  # (B, C, H, W)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
 
 
 class PublishedUNet(UNet):

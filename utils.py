@@ -140,7 +140,7 @@ WEIGHTINGS = {
     "x_0": lambda snr: 1 / snr,  # plain MSE on x_0
     "v": lambda snr: (1 + snr) / snr,  # plain MSE on v (Salimans & Ho 2022)
 }
-PLAIN_MSE = {"eps": "simple", "x_0": "x_0", "v": "v", "dual": "simple"}  # plain MSE on each prediction
+PLAIN_MSE = {"eps": "simple", "x_0": "x_0", "v": "v", "dual": "simple"}  # plain MSE on it; of dual on its eps
 
 
 # Data sets: f(root, split) -> Source says what there is: image files, or arrays, with labels or captions;

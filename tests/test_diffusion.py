@@ -114,7 +114,7 @@ def test_clip_x_0(schedule):
     assert torch.allclose(diffusion.x_0_from_eps(x_t, clipped, t), x_0.clamp(-1, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("prediction", [*PREDICTIONS, "dual"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_float32_rounds_x_0_little(prediction, clip):
     """The bounds of clip_x_0's docstring: output -> eps -> x_0, and clipped -> eps -> x_0 again."""
@@ -123,11 +123,15 @@ def test_float32_rounds_x_0_little(prediction, clip):
         x_0, t = torch.rand(64, 3, 32, 32, generator=g) * 2 - 1, torch.full((64,), time)
         x_t, eps = diffusion.noise_images(x_0, t, g)
         out, signal, noise = diffusion.target(x_0, eps, t), diffusion.signal[time], diffusion.noise[time]
+        share = 0.03 / (0.03 + diffusion.snr[time])  # of x_0 in dual, whose outputs are not consistent here
+        from_eps, from_x_0 = (x_t.double() - noise * eps.double()) / signal, 0.7 * x_0
         exact = {  # in float64, of the float32 numbers that the network gives
             "eps": (x_t.double() - noise * out.double()) / signal,
             "x_0": out.double(),
             "v": signal * x_t.double() - noise * out.double(),
+            "dual": (1 - share) * from_eps + share * from_x_0.double(),
         }[prediction]
+        out = torch.cat([eps, from_x_0], dim=1) if prediction == "dual" else out
         eps_theta = diffusion.denoiser(lambda *_, out=out: out)
         if clip:
             eps_theta, exact = clip_x_0(diffusion, eps_theta), exact.clamp(-1, 1)
