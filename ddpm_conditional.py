@@ -378,6 +378,7 @@ def main() -> None:
         raise UserError("previews are drawn with one --guidance-scale; compare several with --sample")
     if command["init"]:
         settle_init(command)
+        command.check()
         if command["latent"]:
             settle_latent(command)
     launch.run_training(command, utils.get_data, utils.NARROW, TASKS, ddpm.train, KINDS)

@@ -258,6 +258,26 @@ def test_init_serves_captions_too(conditional, runs):
     assert (config["condition"], config["channels"], config["width"]) == ("text", 1, 8)
 
 
+def test_the_loss_of_the_data_set_gives_way_to_that_of_init(conditional, runs):
+    """The run predicts v; P2, the loss of shapes, is not used, so a flag of it has no effect."""
+    result = conditional("--dataset", "shapes", "--init", runs / "ddpm_digits", "--p2-k", 2)
+    assert "--p2-k belongs to --weighting p2: add that, or leave it out" in error_line(result)
+
+
+def test_dual_as_init_and_in_latents(conditional, cli):
+    few = "--dataset shapes --limit 32 --epochs 1 --batch-size 16 --device cpu".split()
+    small = "--width 8 --multipliers 1 2 --blocks 1 --sample-steps 2".split()
+    assert cli(*few, *small).code == 0
+    assert conditional(*few, "--sample-steps", 2, "--init", "runs/ddpm_shapes").code == 0
+    config = torch.load("runs/ddpm_conditional_shapes/ckpt.pt", weights_only=True)["config"]
+    assert (config["prediction"], config["weighting"], config["width"]) == ("dual", "p2", 8)
+    assert cli(*few, "--task", "autoencoder").code == 0
+    assert cli(*few, *small, "--latent", "runs/autoencoder_shapes", "--name", "latent").code == 0
+    weights = torch.load("runs/latent/ckpt.pt", weights_only=True)["net"]
+    assert len(weights["conv_out.weight"]) == 8  # an eps and an x_0 of four channels
+    assert cli("--sample", 2, "--checkpoint", "runs/latent", "--sample-steps", 2).code == 0
+
+
 @pytest.mark.parametrize("flags", [TINY, CLASSIFIER, SHAPES])
 def test_interrupted_and_resumed_is_the_same_bit_for_bit(conditional, monkeypatch, flags):
     assert conditional(*flags, "--name", "whole").code == 0
