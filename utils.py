@@ -303,7 +303,7 @@ DEFAULTS = {  # the settings that suit a data set, where the command line leaves
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
     "stanfordcars": {("prediction", "weighting"): ("x_0", "min_snr")},
-    "shapes": SHAPES | {"sampler": "ddpm", ("prediction", "weighting"): ("dual", "p2")},
+    "shapes": SHAPES | {"sampler": "ddpm", "precision": "fp32", ("prediction", "weighting"): ("dual", "p2")},
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
 FLIP = "mirror one in two images (default: yes; no for digits, mnist, shapes and folders with captions)"

@@ -271,6 +271,7 @@ def test_dual_as_init_and_in_latents(conditional, cli):
     assert conditional(*few, "--sample-steps", 2, "--init", "runs/ddpm_shapes").code == 0
     config = torch.load("runs/ddpm_conditional_shapes/ckpt.pt", weights_only=True)["config"]
     assert (config["prediction"], config["weighting"], config["width"]) == ("dual", "p2", 8)
+    assert config["precision"] == "fp32"
     assert cli(*few, "--task", "autoencoder").code == 0
     assert cli(*few, *small, "--latent", "runs/autoencoder_shapes", "--name", "latent").code == 0
     weights = torch.load("runs/latent/ckpt.pt", weights_only=True)["net"]
