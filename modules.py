@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(next(n for n in range(most, 0, -1) if channels % n == 0), channels, eps=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype))  # in bfloat16 a CPU takes several times as long
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # a CPU is far slower in bfloat16
 
 
 def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
