@@ -96,8 +96,8 @@ class Diffusion:
         """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); x_t, as in line 5
-        out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or what else it predicts
-        out = self.eps_from_output(x_t, out, t) if self.prediction == "dual" else out  # the eps of both
+        out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or x_0, v, or both
+        out = self.eps_from_output(x_t, out, t) if self.prediction == "dual" else out
         error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3))  # (B,), line 5: ||...||^2
         weight = self.weight.to(x_0.dtype).to(x_0.device)[t]  # (B,); 1 for eps is L_simple, eq. 14
         return (weight * error).mean()

@@ -218,7 +218,7 @@ class UNet(Encoder):
     """The UNet of Ho et al. 2020, appendix B: `net(x_t, t) -> out`, (B, C, H, W) and (B,) -> (B, C, H, W).
 
     The Encoder's way down and middle, and a way up with blocks + 1 residual blocks a level. Each block of the
-    way up also takes a skip. With 2 `outputs` there are 2 C channels. The other arguments are the Encoder's.
+    way up also takes a skip. It ends in outputs * C channels. The other arguments are the Encoder's.
     """
 
     def __init__(self, *encoder, outputs=1, **more):
