@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.context = init_layer(nn.Linear(context_dim, 2 * channels)) if context_dim else None
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        h, mask = self.norm(x), None
+        h, mask, dtype = self.norm(x), None, self.out.weight.dtype
         if self.place is not None:
             lines = (torch.linspace(-math.pi / 2, math.pi / 2, n, device=x.device) for n in x.shape[2:])
             angles = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # (2, H, W), of y and of x
@@ -121,10 +121,10 @@ class Attention(nn.Module):
             k_text, v_text = self.context(tokens).chunk(2, dim=-1)  # (B, L, C) each
             k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)  # (B, HW + L, C)
             mask = torch.cat([real.new_ones(q.shape[:2]), real], dim=1)[:, None, None]  # (B, 1, 1, HW + L)
-        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, heads, ..., d)
-        # softmax(q k' / sqrt(d)) v, over the keys that are no padding
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, HW, d = C / heads)
-        return x + self.out(h.transpose(2, 3).reshape(x.shape))
+        q, k, v = (z.to(dtype).unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
+        with torch.autocast("cpu", enabled=False):  # a CPU is slow in bfloat16 here, above all backward
+            h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q k' / sqrt(d)) v
+        return x + self.out(h.transpose(2, 3).reshape(x.shape))  # h: (B, heads, HW, d = C / heads)
 
 
 class UNetBlock(nn.Module):

@@ -98,8 +98,8 @@ def draw_panel(ax, panel: Panel) -> None:
     if panel.bands:
         ax.set_xlim(high, low)
     if len(panel.curves) > 1:
-        below = (0, 0, 1, 0.94 if panel.bands else 1)  # the names of the bands
-        ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, bbox_to_anchor=below)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3, "frameon": False}
+        ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, **below)
 
 
 def table(rows: Sequence[dict], digits: int = 4) -> list[list[str]]:
