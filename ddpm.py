@@ -529,12 +529,13 @@ def make_latents(path, part: dict, size: int, device) -> Latents:
 def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
     """The sampler for T noise levels: that of the run in `config`, unless one or its options were typed.
 
-    Latents are not clipped. UserError where more strides were asked for than there are noise levels.
+    The guidance scale too is the run's. Latents are not clipped. UserError if strides outnumber noise levels.
     """
     settings, rows = command[SamplerSettings], command.rows
     chosen = {name for name in rows if name == "sampler" or "sampler=" in " ".join(rows[name]["of"])}
     if not command.typed & chosen and config.get("sampler") in SAMPLERS:
         settings.sampler = config["sampler"]
+    command.settle({name: config[name] for name in ("guidance_scale",) if name in config})
     settings.no_clip = settings.no_clip or config.get("latent") is not None
     settings.sample_steps = settings.sample_steps or min(50, T)
     if settings.sample_steps > T:

@@ -117,7 +117,7 @@ def dynamic_threshold(diffusion, eps_theta, quantile: float):
     return thresholded
 
 
-SCALE = "1 plain conditional, 0 unconditional, above 1 guided; --sample compares several, as 1,3,7"
+SCALE = "1 conditional, 0 unconditional, above 1 guided; --sample takes several: 1,3 (default: 3.0; shapes 2)"
 RESCALE = "share of the conditional's contrast that is restored"
 SPAN, GUIDANCE = ("LOW", "HIGH"), ("cfg", "classifier")
 THRESHOLD = "scale x_0 down by this quantile of its |x_0| where that is above 1, as 0.995, before clipping"

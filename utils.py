@@ -298,12 +298,12 @@ NARROW = {"digits", "mnist", "fashion_mnist"}  # narrow networks learn these wel
 # Labels and captions say most about content (SNR 1 to 0.01), to which Min-SNR gives little weight.
 FOR_CONTENT = {("prediction", "weighting"): ("x_0", "p2")}
 FOR_CONTENT[("prediction", "weighting", "p2_k")] = ("x_0", "p2", 0.1)  # where --p2-k is not typed
-SHAPES = dict(condition="text", places=True, adagn=True, epochs=11, batch_size=16, lr=7e-4, clip_grad=0.1)
+SHAPES = dict(condition="text", places=True, adagn=True, batch_size=32, clip_grad=0.1, sampler="ddpm")
 DEFAULTS = {  # the settings that suit a data set, where the command line leaves them open
     "digits": {"epochs": 20},
     # Predicting v or eps leaves noise in photographs for long, and says little of x_0 where words matter.
     "stanfordcars": {("prediction", "weighting"): ("x_0", "min_snr")},
-    "shapes": SHAPES | {"sampler": "ddpm", "precision": "fp32", ("prediction", "weighting"): ("dual", "p2")},
+    "shapes": SHAPES | {"epochs": 18, "guidance_scale": [2.0], ("prediction", "weighting"): ("dual", "p2")},
 }
 LIMIT = "use the first N images of a fixed shuffle (default: all); for shapes draw N (default: 20000)"
 FLIP = "mirror one in two images (default: yes; no for digits, mnist, shapes and folders with captions)"

@@ -69,8 +69,7 @@ def draw_chart(chart: Chart) -> Image.Image:
     figure = new_figure(4.4 * columns, 3.5 * rows, layout="constrained")
     for i, ax in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         draw_panel(ax, panels[i]) if i < len(panels) else ax.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
 
 
@@ -98,7 +97,8 @@ def draw_panel(ax, panel: Panel) -> None:
     if panel.bands:
         ax.set_xlim(high, low)
     if len(panel.curves) > 1:
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 3, "frameon": False}
+        ncols = max(1, 48 // max(map(len, panel.curves)))  # as many names as fit side by side
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": ncols, "frameon": False}
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, **below)
 
 

@@ -22,7 +22,7 @@ PRECISIONS = {"auto": None, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.
 class MachineSettings:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps", "NAME", resume=True)
     seed: int = setting(0, "seed of all random draws", "N", whole(0, 2**63 - 1))
-    precision: str = setting("auto", "%(choices)s; shapes: fp32", "NAME", choices=PRECISIONS, resume=True)
+    precision: str = setting("auto", "%(choices)s", "NAME", choices=PRECISIONS, resume=True)
     compile: bool = setting(False, "torch.compile the network: slower to start, then faster", resume=True)
 
 
@@ -71,7 +71,6 @@ def half_precision(precision: str, device: torch.device, net: torch.nn.Module) -
     if device.type != "cpu" or widest < 128:
         return None
     single, half = (time_convolution(dtype, device) for dtype in (torch.float32, torch.bfloat16))
-    # some chips have bfloat16, and are slower in it
     return join_processes(device).broadcast(torch.bfloat16 if half < 0.8 * single else None)
 
 

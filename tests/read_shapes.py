@@ -1,6 +1,6 @@
 """Does a text-to-image model draw what its captions say? A rule reads it out of the pixels.
 
-python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 3 --sampler ddpm --sample-steps 50]
+python tests/read_shapes.py runs/ddpm_conditional_shapes [--guidance-scale 2 --sampler ddpm --sample-steps 50]
 python tests/read_shapes.py runs/ddpm_conditional_shapes --words
 
 Colour, shape and size are right where the picture has just the shapes of the caption, in these colours, of
@@ -231,7 +231,7 @@ def words_learned(net, diffusion, vocabulary, size, t, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("checkpoint")
-    parser.add_argument("--guidance-scale", type=float, default=3.0)
+    parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--sampler", choices=list(ddpm.SAMPLERS), default="ddpm")
     parser.add_argument("--sample-steps", type=int, default=50)
     parser.add_argument("--count", type=int, default=100, help="captions of each kind")

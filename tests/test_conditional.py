@@ -271,7 +271,6 @@ def test_dual_as_init_and_in_latents(conditional, cli):
     assert conditional(*few, "--sample-steps", 2, "--init", "runs/ddpm_shapes").code == 0
     config = torch.load("runs/ddpm_conditional_shapes/ckpt.pt", weights_only=True)["config"]
     assert (config["prediction"], config["weighting"], config["width"]) == ("dual", "p2", 8)
-    assert config["precision"] == "fp32"
     assert cli(*few, "--task", "autoencoder").code == 0
     assert cli(*few, *small, "--latent", "runs/autoencoder_shapes", "--name", "latent").code == 0
     weights = torch.load("runs/latent/ckpt.pt", weights_only=True)["net"]
@@ -424,6 +423,15 @@ def test_scales_are_columns_from_the_same_noise(conditional, runs):
     grid_of(conditional(*run, "--guidance-scale", 3, "--out", "p"))
     for i in range(2):
         assert np.array_equal(pixels(f"o/0000{i}_scale3.png"), pixels(f"p/0000{i}.png"))
+
+
+def test_samples_have_the_guidance_scale_of_the_previews(conditional):
+    assert conditional("--limit", 16, "--epochs", 1, "--sample-steps", 2, "--guidance-scale", 2).code == 0
+    few = "--sample 2 --checkpoint runs/ddpm_conditional_digits --labels 4 --sample-steps 2".split()
+    for name, typed, scale in (("o", [], 2), ("p", ["--guidance-scale", 5], 5)):
+        assert conditional(*few, *typed, "--out", name).code == 0
+        lines = [json.loads(line) for line in Path(name, "metadata.jsonl").read_text().splitlines()]
+        assert [line["guidance_scale"] for line in lines] == [scale, scale]
 
 
 def test_batches_are_grids_of_their_own(conditional, runs):
