@@ -535,7 +535,7 @@ def settle_sampler(command: Command, config: dict, T: int) -> SamplerSettings:
     chosen = {name for name in rows if name == "sampler" or "sampler=" in " ".join(rows[name]["of"])}
     if not command.typed & chosen and config.get("sampler") in SAMPLERS:
         settings.sampler = config["sampler"]
-    command.settle({name: config[name] for name in ("guidance_scale",) if name in config})
+    command.settle({name: config[name] for name in {"guidance_scale"} & config.keys()})
     settings.no_clip = settings.no_clip or config.get("latent") is not None
     settings.sample_steps = settings.sample_steps or min(50, T)
     if settings.sample_steps > T:
