@@ -97,7 +97,7 @@ def draw_panel(ax, panel: Panel) -> None:
     if panel.bands:
         ax.set_xlim(high, low)
     if len(panel.curves) > 1:
-        ncols = max(1, 48 // max(map(len, panel.curves)))  # as many names as fit side by side
+        ncols = max(1, 64 // (8 + max(map(len, panel.curves))))  # as many names as fit side by side
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": ncols, "frameon": False}
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, **below)
 
