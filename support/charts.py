@@ -85,15 +85,15 @@ def draw_panel(ax, panel: Panel) -> None:
         else:
             ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", linewidth=1.3, label=name)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
-    ax.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set(title=panel.title + "\n" * bool(panel.bands), xlabel=panel.x_label, ylabel=panel.y_label)
     ax.grid(alpha=0.3)
     low, high = sorted(ax.get_xlim())
     for (name, (start, end)), shade in zip(panel.bands.items(), ("0.78", "0.88", "0.97"), strict=False):
         left, right = max(low, start), min(high, end)
         if left < right:
             ax.axvspan(left, right, color=shade, zorder=-1, linewidth=0)
-            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "top", "fontsize": 7}
-            ax.text((left * right) ** 0.5, 0.98, name, **place)
+            place = {"transform": ax.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 7}
+            ax.text((left * right) ** 0.5, 1.01, name, **place)
     if panel.bands:
         ax.set_xlim(high, low)
     if len(panel.curves) > 1:
