@@ -16,7 +16,7 @@ import ddpm
 import ddpm_conditional
 import utils
 from ddpm import Diffusion, ddim_stride
-from support import measures
+from support import charts, measures
 from support.errors import UserError
 from support.generators import seeded_generator as generator
 from support.images import image_files, to_uint8, to_x_0
@@ -40,6 +40,28 @@ def quick_charts(request, monkeypatch):
     """An empty chart for the other tests: matplotlib takes a second or more for one."""
     if "drawn" not in request.fixturenames:
         monkeypatch.setattr("support.charts.draw_chart", lambda chart: Image.new("RGB", (300, 200)))
+
+
+# charts
+
+
+def test_names_in_a_chart_cover_neither_curves_nor_each_other():
+    ab = np.linspace(0.001, 0.999, 50)
+    names = ("one step", "ddim, 50 steps", "pndm, 50 steps", "ddpm, 1000 steps")
+    curves = {name: (ab / (1 - ab), ab ** (i + 1)) for i, name in enumerate(names)}
+    panel = charts.Panel("low kept", "SNR", "share", curves, log="x", bands=analysis.STAGES)
+    figure = charts.new_figure(4.4, 3.5, layout="constrained")
+    charts.draw_panel(ax := figure.subplots(), panel)
+    figure.draw_without_rendering()
+    title = ax.title.get_window_extent()
+    title.y0 = (title.y0 + title.y1) / 2  # its second line is empty
+    words = (*ax.texts, ax.xaxis.label, *ax.get_legend().get_texts())
+    boxes = [title, *(word.get_window_extent() for word in words)]
+    assert [text.get_text() for text in ax.texts] == list(analysis.STAGES)
+    for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in (*boxes[:i], ax.get_window_extent()))
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
 # weights and schedules
