@@ -301,7 +301,7 @@ VARIANCES = ("posterior", "beta")
 
 # Settings, from which the command line is made; then clipping, and times that are quoted for T = 1000. ----
 WEIGHTING = """weight of the squared error of eps at each noise level, for any prediction: %(choices)s; simple
-is plain MSE on eps (default: plain MSE on the output; p2 for cars and shapes)"""
+is plain MSE on eps (default: plain MSE on the output; min_snr for cars, p2 for shapes and cars by class)"""
 PREDICTION = "network's output: %(choices)s; dual is eps and x_0 (default: v; x_0 for cars, dual for shapes)"
 SPACING = "strides even in t, or in log SNR: %(choices)s (default: by schedule)"
 OF_RUN = "(default: ddim, ddpm for shapes; with --sample that of the run's previews)"
@@ -314,7 +314,7 @@ class DiffusionSettings:
     prediction: str = setting("v", PREDICTION, "NAME", choices=PLAIN_MSE, of="task=diffusion")
     weighting: str | None = setting(None, WEIGHTING, "NAME", choices=WEIGHTINGS, of="task=diffusion")
     p2_gamma: float = setting(1.0, "gamma of 1 / (k + snr)^gamma", "G", real(0), of="weighting=p2")
-    p2_k: float = setting(1.0, "k (default: 1.0; 0.1 for cars)", "K", POSITIVE, of="weighting=p2")
+    p2_k: float = setting(1.0, "k (default: 1.0; cars by class .1)", "K", POSITIVE, of="weighting=p2")
     min_snr_gamma: float = setting(5.0, "largest snr that counts", "G", POSITIVE, of="weighting=min_snr")
 
 

@@ -364,8 +364,8 @@ def main() -> None:
     if not command["resume"]:
         if command["latent"]:
             settle_latent(command)
-        own = {"epochs": 30} if command["dataset"] == "digits" else {}  # ten classes take longer
-        command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own})
+        own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # ten classes take longer
+        command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
     if command["guidance"] == "classifier" and command["classifier"] is None:
         raise UserError("--guidance classifier needs --classifier RUN, a run of --task classifier")

@@ -210,8 +210,8 @@ def test_real_cars_and_mnist(cli, data_root):
         result = cli(*TINY, "--dataset", dataset, "--data-root", data_root, "--image-size", 16)
         assert result.code == 0 and "48 images" in result.out
         config = torch.load(f"runs/ddpm_{dataset}/ckpt.pt", weights_only=True)["config"]
-        loss = ("x_0", "p2", 0.1) if dataset == "stanfordcars" else ("v", None, 1.0)
-        assert (config["prediction"], config["weighting"], config["p2_k"]) == loss
+        loss = ("x_0", "min_snr") if dataset == "stanfordcars" else ("v", None)
+        assert (config["prediction"], config["weighting"]) == loss
 
 
 @pytest.mark.parametrize("image_size", [8, 16, 28, 32, 48, 64, 96, 128, 256])
