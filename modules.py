@@ -146,7 +146,7 @@ class Encoder(nn.Module):
     """The UNet's way down and its middle, which the classifier shares: (B, C, H, W) and t (B,) -> features.
 
     patch x patch pixels are the channels of one position (Hoogeboom et al. 2023). Level i has width *
-    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `block` are dropout,
+    multipliers[i] channels at 1 / 2^i of that resolution and `blocks` residual blocks; `own` are dropout,
     adagn and places. `attention` lists the levels with self-attention, which the middle always has, and level
     0 never: it costs sixteen times that of level 1. ValueError where `divisor` does not divide H and W.
     """
@@ -154,9 +154,7 @@ class Encoder(nn.Module):
     timed = skipped = True  # whether blocks get the time, and on the way up skips; not in an autoencoder
     context_dim = 0  # size of the tokens in the context, where a network has one
 
-    def __init__(
-        self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), patch=1, **block
-    ):
+    def __init__(self, channels=3, width=64, multipliers=(1, 2, 4), blocks=2, attention=(1,), patch=1, **own):
         super().__init__()
         if width < 4 or width % 2 or min(blocks, patch) < 1 or not multipliers or min(multipliers) < 1:
             raise ValueError("width must be even and >= 4; blocks, patch and all of the multipliers >= 1")
@@ -165,22 +163,19 @@ class Encoder(nn.Module):
         self.width, self.patch, self.emb_dim = width, patch, 4 * width * self.timed
         self.divisor = patch * 2 ** (len(multipliers) - 1)
         self.levels = [(width * m, level in attention) for level, m in enumerate(multipliers)]
-        self.block = partial(UNetBlock, emb_dim=self.emb_dim, context_dim=self.context_dim, **block)
+        self.block = partial(UNetBlock, emb_dim=self.emb_dim, context_dim=self.context_dim, **own)
 
         if self.timed:
             first, second = (init_layer(nn.Linear(n, 4 * width)) for n in (width, 4 * width))
             self.time_mlp = nn.Sequential(first, nn.SiLU(), second)
         self.conv_in = init_layer(nn.Conv2d(channels * patch**2, width, 3, padding=1))
-        c = width
-        self.skip_channels = [c]  # of every output that the UNet keeps as a skip
+        self.skip_channels = [width]  # of every output that the UNet keeps as a skip
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, (c_out, has_attention) in enumerate(self.levels):
-            stack = nn.ModuleList()
+        for level, (c, has_attention) in enumerate(self.levels):
+            self.down.append(nn.ModuleList())
             for _ in range(blocks):
-                stack.append(self.block(c, c_out, attention=has_attention))
-                c = c_out
+                self.down[level].append(self.block(self.skip_channels[-1], c, attention=has_attention))
                 self.skip_channels.append(c)
-            self.down.append(stack)
             if level < len(multipliers) - 1:
                 # halves H and W; padded as TensorFlow's "SAME" pads, right and bottom by one
                 conv = init_layer(nn.Conv2d(c, c, 3, stride=2))
@@ -226,12 +221,11 @@ class UNet(Encoder):
         c, skips = self.skip_channels[-1], list(self.skip_channels)
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, (c_out, has_attention) in reversed(list(enumerate(self.levels))):
-            stack = nn.ModuleList()
+            self.up.append(nn.ModuleList())
             for _ in range(len(self.down[level]) + 1):
                 c += skips.pop() if self.skipped else 0
-                stack.append(self.block(c, c_out, attention=has_attention))
+                self.up[-1].append(self.block(c, c_out, attention=has_attention))
                 c = c_out
-            self.up.append(stack)
             if level > 0:
                 repeat, conv = nn.Upsample(scale_factor=2.0), init_layer(nn.Conv2d(c, c, 3, padding=1))
                 self.upsample.append(nn.Sequential(OrderedDict(nearest=repeat, conv=conv)))
@@ -352,8 +346,7 @@ class TextUNet(UNet):
 class Classifier(Encoder):
     """p(y | x_t), a classifier that knows how noisy its image is: `net(x_t, t) -> logits` (B, num_classes).
 
-    The UNet's way down and middle, averaged over the image (Dhariwal & Nichol 2021, section 4.3). The other
-    arguments are the Encoder's.
+    The Encoder, with its other arguments, averaged over the image (Dhariwal & Nichol 2021, section 4.3).
     """
 
     def __init__(self, num_classes: int, *encoder, **more):

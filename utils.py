@@ -108,17 +108,8 @@ def flow(T: int) -> Tensor:
     return betas_from_alpha_bar(lambda u: (1 - u) ** 2 / ((1 - u) ** 2 + u**2), T)
 
 
-SCHEDULES = {
-    "linear": linear,
-    "cosine": cosine,
-    "quadratic": quadratic,
-    "scaled_linear": scaled_linear,
-    "sigmoid": sigmoid,
-    "constant": constant,
-    "jsd": jsd,
-    "laplace": laplace,
-    "flow": flow,
-}
+SCHEDULES = dict(linear=linear, cosine=cosine, quadratic=quadratic, scaled_linear=scaled_linear)
+SCHEDULES |= dict(sigmoid=sigmoid, constant=constant, jsd=jsd, laplace=laplace, flow=flow)
 
 
 # Weightings of the loss: w(snr), the weight of the squared error of eps at a noise level; (T,) -> (T,). ---
@@ -243,8 +234,7 @@ def folder(root: Path, split: str) -> Source | None:
     if not root.is_dir():
         what = "is a file (unpack an archive; save an array as .npy)" if root.exists() else "does not exist"
         raise UserError(f"folder {root} {what}: name a folder of images with --data-root")
-    root = splits_of(root).get(split)
-    if root is None:
+    if (root := splits_of(root).get(split)) is None:
         return None
     flat, (files, labels, class_names) = image_files(root), labelled_folders(root)
     if (root / "metadata.jsonl").is_file():
@@ -290,10 +280,8 @@ def shapes(root: Path, split: str, count: int = 20000) -> Source:
     return Source(drawn, captions=[scene.caption for scene in drawn], flip=False, image_size=32)
 
 
-DATASETS: dict[str, Callable[..., Source]] = {
-    **{"digits": digits, "mnist": mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10},
-    **{"imagenette": imagenette, "stanfordcars": stanfordcars, "folder": folder, "shapes": shapes},
-}
+DATASETS = dict(digits=digits, mnist=mnist, fashion_mnist=fashion_mnist, cifar10=cifar10)
+DATASETS |= dict(imagenette=imagenette, stanfordcars=stanfordcars, folder=folder, shapes=shapes)
 NARROW = {"digits", "mnist", "fashion_mnist"}  # narrow networks learn these well, and far sooner
 # Labels and captions say most about content (SNR 1 to 0.01), to which Min-SNR gives little weight.
 FOR_CONTENT = {("prediction", "weighting"): ("x_0", "p2")}
@@ -321,47 +309,38 @@ class DataSettings:
     cache_dir: str = setting("data/cache", "folder for decoded images", "DIR", resume=True)
 
 
-def get_data(
-    dataset,
-    data_root="data",
-    split="train",
-    image_size=None,
-    channels=None,
-    limit=None,
-    workers=None,
-    cache_dir="data/cache",
-) -> Data:
+def get_data(dataset: str, data_root="data", split="train", **options) -> Data:
     """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 
-    `limit` takes the first images of a fixed shuffle; for shapes it is the number drawn. `image_size` is in
-    pixels, `workers` is a number of threads. UserError where there is no such data set, split or folder, or
-    no image in it can be read.
+    `options` are image_size, channels, limit, workers and cache_dir of DataSettings. `limit` takes the first
+    images of a fixed shuffle; for shapes it is the number drawn. UserError where there is no such data set,
+    split or folder, or no image in it can be read.
     """
+    how = DataSettings(**options)
     if dataset not in DATASETS:
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     if split not in ("train", "test"):
         raise UserError(f"unknown split {split!r}: choose train or test")
-    drawn = {"count": limit} if dataset == "shapes" and limit else {}
+    drawn = {"count": how.limit} if dataset == "shapes" and how.limit else {}
     source = DATASETS[dataset](Path(data_root), split, **drawn)
     if source is None:
         raise UserError(f"data set {dataset!r} has no split {split!r} here")
     if not len(source.images):
         raise UserError(f"there are no images of {dataset} under {data_root}")
-    if limit is not None and not drawn:
-        source = subset(source, np.random.default_rng(0).permutation(len(source.images))[:limit])
-    size, channels = image_size or source.image_size, channels or source.channels
+    if how.limit is not None and not drawn:
+        source = subset(source, np.random.default_rng(0).permutation(len(source.images))[: how.limit])
+    size, channels = how.image_size or source.image_size, how.channels or source.channels
     images, colour = source.images, "rgb" if channels == 3 else "gray"
     if isinstance(images, np.memmap) and images.shape[1:] == (size, size, channels):  # needs no decoding
         array, kept = images.transpose(0, 3, 1, 2), np.arange(len(images))
     elif isinstance(images, np.ndarray) and images.nbytes < 2**20:  # decoded as soon as found in a cache
-        array, kept = joined(decode(images, size, channels, workers or 1))
+        array, kept = joined(decode(images, size, channels, how.workers or 1))
     else:
         key = fingerprint(images, source.root)
-        cache_file = Path(cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{key}.npy"
-        shape, workers = (len(images), channels, size, size), workers or os.cpu_count() or 1
+        cache_file = Path(how.cache_dir) / f"{dataset}_{split}_{size}x{size}_{colour}_{key}.npy"
+        shape, workers = (len(images), channels, size, size), how.workers or os.cpu_count() or 1
         array, kept = cached(cache_file, shape, lambda: decode(images, size, channels, workers))
-    skipped = [str(images[i]) for i in np.setdiff1d(np.arange(len(images)), kept)]
-    if skipped:
+    if skipped := [str(images[i]) for i in np.setdiff1d(np.arange(len(images)), kept)]:
         note_skipped(skipped)
         source = subset(source, kept)
     if not len(array):
@@ -372,9 +351,7 @@ def get_data(
 
 def subset(source: Source, index: np.ndarray) -> Source:
     """The images of a source at the positions `index`, with their labels or captions."""
-
-    def take(values):
-        return values[index] if isinstance(values, np.ndarray) else values and [values[i] for i in index]
-
-    parts = {name: take(getattr(source, name)) for name in ("images", "labels", "captions")}
-    return replace(source, **parts)
+    images = source.images
+    images = images[index] if isinstance(images, np.ndarray) else [images[i] for i in index]
+    labels, captions = (some and [some[i] for i in index] for some in (source.labels, source.captions))
+    return replace(source, images=images, labels=labels, captions=captions)

@@ -45,19 +45,16 @@ def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator
     """The images that can be read, in chunks: (M, C, size, size) uint8, and their M positions."""
     read = partial(try_to_read, size=size, channels=channels)
     most = min(len(images), max(1, CHUNK // (channels * size**2)))  # images in a chunk
-    pool = ThreadPoolExecutor(workers)  # threads: Pillow decodes and resizes outside Python's lock
-    try:
-        with progress("decoding", len(images)) as bar:
-            for start in range(0, len(images), most):
-                chunk, kept = np.empty((most, channels, size, size), np.uint8), []
-                for i, image in enumerate(pool.map(read, images[start : start + most]), start):
-                    bar.update()
-                    if image is not None:
-                        chunk[len(kept)] = image
-                        kept.append(i)
-                yield chunk[: len(kept)], kept
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that Ctrl-C need not wait for the rest
+    # Threads: Pillow decodes and resizes outside Python's lock. Ctrl-C ends `map`, which cancels the rest.
+    with ThreadPoolExecutor(workers) as pool, progress("decoding", len(images)) as bar:
+        for start in range(0, len(images), most):
+            chunk, kept = np.empty((most, channels, size, size), np.uint8), []
+            for i, image in enumerate(pool.map(read, images[start : start + most]), start):
+                bar.update()
+                if image is not None:
+                    chunk[len(kept)] = image
+                    kept.append(i)
+            yield chunk[: len(kept)], kept
 
 
 def joined(chunks: Iterator[tuple]) -> tuple[np.ndarray, np.ndarray]:
@@ -108,10 +105,9 @@ def read_cache(cache_file: Path, shape: tuple[int, ...], dtype=np.uint8) -> tupl
             raise ValueError
         images = images[: len(kept)]
         return (images if images.nbytes > MAPPED else np.array(images)), kept
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # cut short or damaged, in one of many ways
+    except Exception as error:  # missing, or damaged in one of many ways
         if is_out_of_memory(error):
             raise
-        note(f"{cache_file} is damaged and is made anew")
-        return None
+        if not isinstance(error, FileNotFoundError):
+            note(f"{cache_file} is damaged and is made anew")
+    return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .errors import UserError, note
 from .files import read_csv
-from .images import class_folders, image_files, labelled_folders
+from .images import entries, image_files, labelled_folders
 
 SIGNS = ("names.csv", "cars_meta.mat", "train_perfect_preds.txt", "cars_train_annos.mat")
 LAYOUTS = """accepted, each under --data-root or in a sub-folder of it whose name contains "car", if most
@@ -64,7 +64,7 @@ def find_images(root: Path, split: str) -> tuple[Path, list[Path]]:
     root, flat = root.absolute(), f"cars_{split}"
     inner = {flat, split, "car_data"}  # --data-root may be one of the layout's own folders
     top = next(p for p in (root, *root.parents) if p.name not in inner)
-    bases = [root, *(f for f in class_folders(root) if "car" in f.name.lower())]
+    bases = [root, *(f for f in entries(root) if f.is_dir() and "car" in f.name.lower())]
     bases += [root.parent] if root.name in inner else []
     parts = [f"{flat}/{flat}", flat, f"car_data/car_data/{split}", f"car_data/{split}", split]
     candidates = [base / part for part in parts for base in bases]
@@ -79,12 +79,10 @@ def find_images(root: Path, split: str) -> tuple[Path, list[Path]]:
 def are_cars(folder: Path, near: list[Path], split: str) -> bool:
     """Whether a folder has images that are of Stanford Cars by their names or the files beside them."""
     flat, (files, _, classes) = image_files(folder), labelled_folders(folder)
-    if not flat and not files:
-        return False
     by_year = [name for name in classes if re.search(r" (19|20)\d\d$", name)]
     numbered = folder.name == f"cars_{split}" and any(re.fullmatch(r"\d{5}", path.stem) for path in flat)
     beside = any(find_file(near, name) for name in (*SIGNS, f"anno_{split}.csv"))
-    return beside or numbered or 2 * len(by_year) > len(classes)
+    return bool(flat or files) and (beside or numbered or 2 * len(by_year) > len(classes))
 
 
 def key(name: str) -> str:

@@ -105,12 +105,11 @@ def run_main(main: Callable[[], None]) -> None:
             print(f"{name}: error: {message}", file=err)
         return 2
 
-    out = Lasting(sys.stdout)
+    out, nowhere = Lasting(sys.stdout), Lasting(None)
     err = Lasting(sys.stderr) if sys.stderr else out
     try:
-        with open(os.devnull, "w") as nowhere:
-            with redirect_stdout(nowhere if silent else out), redirect_stderr(nowhere if silent else err):
-                main()
+        with redirect_stdout(nowhere if silent else out), redirect_stderr(nowhere if silent else err):
+            main()
     except LostProcess as error:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
     except UserError as error:

@@ -7,10 +7,12 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import shlex
 import time
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +22,7 @@ from typing import BinaryIO
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 try:
     import fcntl
@@ -119,6 +121,22 @@ def read_json(path: Path, missing: str) -> dict:
         if isinstance(found := json.loads(path.read_bytes()), dict):
             return found
     raise UserError(f"{path} {damage(path) or 'is damaged'}; get it again")
+
+
+def read_pickle(path: Path, instead: str) -> object:
+    """What torch.save wrote, read onto the CPU without running code; UserError says what to use `instead`."""
+    try:
+        with warnings.catch_warnings():  # about foreign files, which are refused below
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
+    except Exception as error:  # torch, zipfile and pickle each have their own
+        if is_out_of_memory(error):
+            raise
+        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
+        why = "holds Python objects, which could run code" if unsafe else "is damaged or no PyTorch file"
+        raise UserError(f"checkpoint {path} was not loaded: it {damage(path) or why}; {instead}") from None
 
 
 def damage(path: Path) -> str | None:

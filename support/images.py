@@ -53,14 +53,9 @@ def image_files(folder: Path, recursive: bool = False, seen: set[Path] | None = 
     return found
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The sub-folders of a folder, sorted by name, without hidden ones; [] where there is no folder."""
-    return [path for path in entries(folder) if path.is_dir()]
-
-
 def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     """The files of `folder/<class>/**/*.jpg`, their labels and the class names, in alphabetical order."""
-    files_of = {f.name: files for f in class_folders(folder) if (files := image_files(f, recursive=True))}
+    files_of = {f.name: files for f in entries(folder) if f.is_dir() and (files := image_files(f, True))}
     for name in [name for name in files_of if NO_CLASSES.fullmatch(name)]:
         note(f"{folder / name} is left out: its name is that of no class")
         del files_of[name]
@@ -74,7 +69,7 @@ def labelled_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
 
 def splits_of(root: Path) -> dict[str, Path]:
     """The sub-folders of a data set by split, or {"train": root} where it has none, with a note of others."""
-    counts = {f: n for f in class_folders(root) if (n := len(image_files(f, recursive=True)))}
+    counts = {f: n for f in entries(root) if f.is_dir() and (n := len(image_files(f, recursive=True)))}
     parts = {found[1].lower(): f for f in counts if (found := SPLIT.fullmatch(f.name))}
     others = [f for f in counts if f not in parts.values()]
     flat, inner = image_files(root), next(iter(counts), None)
@@ -130,8 +125,10 @@ def open_image(image: Picture, size: int) -> Image.Image:
     return Image.open(image, formats=IMAGE_FORMATS)
 
 
-def upright(image: Picture, size: int, channels: int, paper: str = "white") -> Image.Image:
-    """One image, turned as its EXIF data say, in 8 bits on paper of a colour; raises what Pillow raises."""
+def read_image(image: Picture, size: int, channels: int, mask: bool = False) -> np.ndarray:
+    """An image, turned as its EXIF data say, as (C, size, size) uint8 on white; raises what Pillow raises."""
+    # It is scaled and cropped; a mask lies on black, and none of its values are mixed.
+    paper, method = ("black", Image.Resampling.NEAREST) if mask else ("white", Image.Resampling.BICUBIC)
     with open_image(image, size) as picture:
         picture.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8: far faster
         picture.load()  # raises if the image is broken;
@@ -143,13 +140,7 @@ def upright(image: Picture, size: int, channels: int, paper: str = "white") -> I
             picture = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
         if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, paper), picture.convert("RGBA"))
-        return picture.convert("RGB" if channels == 3 else "L")
-
-
-def read_image(image: Picture, size: int, channels: int, mask: bool = False) -> np.ndarray:
-    """What `upright` returns, scaled and cropped to (C, size, size) uint8; a `mask` not interpolated."""
-    method = Image.Resampling.NEAREST if mask else Image.Resampling.BICUBIC
-    picture = ImageOps.fit(upright(image, size, channels, "black" if mask else "white"), (size, size), method)
+        picture = ImageOps.fit(picture.convert("RGB" if channels == 3 else "L"), (size, size), method)
     return np.asarray(picture).reshape(size, size, channels).transpose(2, 0, 1)
 
 

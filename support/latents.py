@@ -32,11 +32,12 @@ class LatentSettings:
 
 
 def settle_latent(command: Command) -> None:
-    """Take from --latent the shape of its latents, and its data unless another --dataset was typed."""
-    theirs = load_checkpoint(command["latent"], "autoencoder")["config"]
-    if "dataset" not in command.typed or command["dataset"] == theirs["dataset"]:
-        command.settle({name: theirs[name] for name in ("dataset", "data_root", "image_size", "channels")})
-    command.settle({name: theirs[name] for name in ("downsampling", "latent_channels")})
+    """Take from --latent, if given, the shape of its latents, and its data unless --dataset names another."""
+    if command["latent"]:
+        given = load_checkpoint(command["latent"], "autoencoder")["config"]
+        if "dataset" not in command.typed or command["dataset"] == given["dataset"]:
+            command.settle({name: given[name] for name in ("dataset", "data_root", "image_size", "channels")})
+        command.settle({name: given[name] for name in ("downsampling", "latent_channels")})
 
 
 def settle_levels(command: Command) -> int:
@@ -67,24 +68,21 @@ def load_autoencoder(command: Command, shape) -> dict:
 
 def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor, dict]:
     """Latents float16 (N, 1 or 2, c, h, w) of uint8 images (N, C, H, W), and `part`, their autoencoder."""
-    key = hashlib.sha256(f"1 {digest(images)} {command['flip']}".encode())  # 1: see fingerprint
-    for name, weight in sorted(part["weights"].items()):
-        key.update(f"{name} {digest(weight)}".encode())
+    weights = "".join(f"{name} {digest(weight)}" for name, weight in sorted(part["weights"].items()))
+    key = hashlib.sha256(f"1 {digest(images)} {command['flip']}{weights}".encode())  # 1: see fingerprint
     space.scale = 1.0  # while they are computed
 
-    def code(images: Tensor) -> np.ndarray:
-        x = to_x_0(images)
-        both = [x, x.flip(-1)] if command["flip"] else [x]  # the second is the mirror image
-        return torch.stack([space.encode(x) for x in both], dim=1).half().cpu().numpy()
-
-    def chunks() -> Iterator[tuple[np.ndarray, range]]:
+    def chunks() -> Iterator[tuple[np.ndarray, list[int]]]:
         with progress("encoding", len(images)) as bar:
             for part in torch.arange(len(images)).split(AT_ONCE):
-                yield code(images[part]), part.tolist()
+                x = to_x_0(images[part])
+                both = [x, x.flip(-1)] if command["flip"] else [x]  # the second is the mirror image
+                z = torch.stack([space.encode(x) for x in both], dim=1)
+                yield z.half().cpu().numpy(), part.tolist()
                 bar.update(len(part))
 
     cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"
-    shape = (len(images), *code(images[:1]).shape[1:])
+    shape = (len(images), 2 if command["flip"] else 1, *space.shape)
     z = torch.from_numpy(cached(cache_file, shape, chunks, np.float16)[0])
     if not command["resume"]:  # a new run measures the scale that makes their variance 1
         mean = sum(few.double().sum() for few in z.split(AT_ONCE)) / z.numel()

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,10 +66,10 @@ def at_once(config: dict) -> int:
 
 def load_data(command: Command, get_data: Callable, narrow: bool):
     """The data set, after which the settings that depend on it are settled; UserError if they do not fit."""
-    options = {key: command[key] for key in ("image_size", "channels", "limit", "workers", "cache_dir")}
-    load = partial(get_data, command["dataset"], command["data_root"], "train", **options)
-    data = None if options["image_size"] else load()
-    size, multipliers = options["image_size"] or data.images.shape[-1], command["multipliers"]
+    names = ("dataset", "data_root", "image_size", "channels", "limit", "workers", "cache_dir")
+    options, multipliers = {name: command[name] for name in names}, command["multipliers"]
+    data = None if options["image_size"] else get_data(**options)
+    size = options["image_size"] or data.images.shape[-1]
     if command["task"] == "autoencoder":
         factor, defaults = 1, dict(width=16, multipliers=[1, 3, 6, 8][: settle_levels(command)], blocks=1)
         defaults |= dict(attention=[], batch_size=8 if size > 32 else 32, lr=2e-3)
@@ -90,7 +89,7 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
         needed += f" on patches of {command['patch']} pixels" * (command["patch"] > 1)
         needed += f" on latents, {factor} times smaller" * (factor > 1)
         raise UserError(f"--image-size {size} is {needed}: try {near}")
-    data = data or load()
+    data = data or get_data(**options)
     epochs, flip = command["epochs"] or 80, data.flip if command["flip"] is None else command["flip"]
     known = {"image_size": size, "channels": data.images.shape[1], "epochs": epochs, "flip": flip}
     known["preview_every"] = command["preview_every"] or max(1, epochs // 4)
@@ -118,8 +117,12 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
         data = load_data(command, get_data, dataset in narrow)
         torch.manual_seed(machine.seed)
         task = tasks[command["task"]](command, data, device)
-    if max(processes.count, training.accumulate) > 1:
-        check_shares(processes.count, training, len(task.images))
+    count, parts, batch = processes.count, training.accumulate, min(training.batch_size, len(task.images))
+    if count > batch:
+        raise UserError(f"{count} processes for a batch of {batch} images: lower --nproc_per_node")
+    if parts > batch // count:
+        each = f" for each of {count} processes" if count > 1 else ""
+        raise UserError(f"--accumulate {parts} parts of {batch // count} images{each}: ask for fewer")
     config, net = command.config(), to_device(task.net, device)
     known = digest(task.images) + ("" if task.y is None else digest(task.y))
     keep = {"config": config, "class_names": data.class_names, "data": known, **task.keep}
@@ -131,16 +134,12 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
     if resume:
         wanted = runs.checkpoint_file(place.resume).parent
         runs.check_resumable(place.resume, resume, keep, training.epochs, loader.batches)
-    several = f", {processes.count} processes" if processes.count > 1 else ""
+    several = f", {count} processes" if count > 1 else ""
     print(f"data     {dataset}, {len(data.images)} images of {' x '.join(map(str, data.images.shape[1:]))}")
     print(f"network  {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, on {device}{several}")
     with runs.open_run(wanted, resume is not None, config, processes) as run:
         print(f"results  in {run}/")
-
-        def preview(net: torch.nn.Module, epoch: int) -> None:
-            task.preview(net, epoch, run / "samples" / f"epoch_{epoch:04d}.png")
-
-        trainer = Trainer(net, task.average, loader, run, training, machine, preview)
+        trainer = Trainer(net, task.average, loader, run, training, machine, task.preview)
         trainer.keep, trainer.tested = {"kind": task.kind, **keep}, task.tested
         if resume:
             trainer.resume(resume)
@@ -154,13 +153,3 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
         if path.is_file():
             print(f"{name:10s}  {quoted(path)}")
     print(f"use it with\n  {runs.command_line(*task.use, run, script=task.used_by)}")
-
-
-def check_shares(processes: int, training: TrainingSettings, images: int) -> None:
-    """UserError where a process, or a part of a batch, would get no image."""
-    batch, parts = min(training.batch_size, images), training.accumulate
-    if processes > batch:
-        raise UserError(f"{processes} processes for a batch of {batch} images: lower --nproc_per_node")
-    if parts > batch // processes:
-        each = "" if processes == 1 else f" for each of {processes} processes"
-        raise UserError(f"--accumulate {parts} parts of {batch // processes} images{each}: ask for fewer")

@@ -48,8 +48,7 @@ class Loader:
             if images.ndim == 5:  # latents (B, 1 or 2, c, h, w), of images and their mirror images
                 x_0, other = (images[:, which].float() * self.scale for which in (0, -1))
             else:
-                x_0 = to_x_0(images)
-                other = x_0.flip(-1)
+                x_0, other = to_x_0(images), to_x_0(images.flip(-1))
             if self.flip:
                 x_0 = torch.where(mirror[:, None, None, None], other, x_0)
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None

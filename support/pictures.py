@@ -34,16 +34,12 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
     top = GAP + LINE * (len(lines) + max(map(len, head_lines), default=0))
     bottom = top + math.ceil(len(x) / columns) * cell_h
     grid = Image.new("RGB", (left + columns * cell_w + GAP, bottom + (GAP if lines else 0)), "white")
-
-    def write(texts: list[str], x: int, y: int) -> None:
-        for i, text in enumerate(texts):
-            ImageDraw.Draw(grid).text((x, y + LINE * i), text, "black", FONT)
-
-    write(lines, 2 * GAP, GAP)
-    for i, texts in enumerate(head_lines):
-        write(texts, left + GAP + i * span, GAP + LINE * len(lines))
-    for i, row in enumerate(rows):
-        write(wrap(row, left - 4 * GAP), 2 * GAP, top + i * cell_h + GAP)
+    texts = [(2 * GAP, GAP, lines)]  # from the left, from the top, what stands there
+    texts += [(left + GAP + i * span, GAP + LINE * len(lines), head) for i, head in enumerate(head_lines)]
+    texts += [(2 * GAP, top + i * cell_h + GAP, wrap(row, left - 4 * GAP)) for i, row in enumerate(rows)]
+    for across, down, text in texts:
+        for i, line in enumerate(text):
+            ImageDraw.Draw(grid).text((across, down + LINE * i), line, "black", FONT)
     for i, picture in enumerate(to_pictures(x.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3))):
         grid.paste(picture, (left + GAP + i % columns * cell_w, top + i // columns * cell_h))
     return grid

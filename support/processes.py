@@ -35,9 +35,7 @@ class Processes:
 
     def any(self, *here: bool) -> list[bool]:
         """For each of several conditions, whether it holds in any process."""
-        if self.count == 1:
-            return list(here)
-        return (self.add(torch.tensor(here, dtype=torch.int32)) > 0).tolist()
+        return list(here) if self.count == 1 else (self.add(torch.tensor(here).int()) > 0).tolist()
 
     def barrier(self) -> None:
         """Wait until every process has come here."""

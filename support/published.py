@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .errors import UserError, first_line
-from .files import damage, read_json
+from .files import damage, read_json, read_pickle
 
 PUBLISHED_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 NAMES = (  # a pattern in their names, and the text for it in ours; attention has new and old names
@@ -22,13 +22,12 @@ NAMES = (  # a pattern in their names, and the text for it in ours; attention ha
     *((r"attentions\.(\d+)", r"\1.attention"), (r"\.group_norm", ".norm"), (r"^conv_norm_out", "norm_out")),
     *((r"\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r".\1."), (r"\.(to_out\.0|proj_attn)\.", ".out.")),
 )
-UNET = {  # config.json, besides the fields of which several values are right: see network_fields
-    **{"_class_name": "UNet2DModel", "act_fn": "silu", "mid_block_scale_factor": 1, "flip_sin_to_cos": False},
-    **{"center_input_sample": False, "class_embed_type": None, "downsample_type": "conv", "freq_shift": 1},
-    **{"time_embedding_type": "positional", "resnet_time_scale_shift": "default", "num_class_embeds": None},
-    **{"add_attention": True, "attn_norm_num_groups": None, "downsample_padding": 0, "upsample_type": "conv"},
-    **{"mid_block_type": "UNetMidBlock2D"},
-}
+# config.json, besides the fields of which several values are right: see network_fields
+UNET = dict(_class_name="UNet2DModel", act_fn="silu", mid_block_scale_factor=1, flip_sin_to_cos=False)
+UNET |= dict(center_input_sample=False, class_embed_type=None, downsample_type="conv", freq_shift=1)
+UNET |= dict(time_embedding_type="positional", resnet_time_scale_shift="default", num_class_embeds=None)
+UNET |= dict(add_attention=True, attn_norm_num_groups=None, downsample_padding=0, upsample_type="conv")
+UNET |= dict(mid_block_type="UNetMidBlock2D")
 NETWORKS = {
     "ddpm": UNET,
     "ldm": {**UNET, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
@@ -39,16 +38,13 @@ DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a varianc
     "ldm": {"norm_num_groups": 32, "norm_eps": 1e-5, "attention_head_dim": 8},
     "vqvae": {"norm_num_groups": 32, "norm_eps": 1e-6, "scaling_factor": 1},
 }
-NOISE = {  # scheduler_config.json
-    **{"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 1000},
-    **{"prediction_type": "epsilon", "trained_betas": None, "clip_sample_range": 1},
-}
+NOISE = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=1000)  # defaults of
+NOISE |= dict(prediction_type="epsilon", trained_betas=None, clip_sample_range=1)  # scheduler_config.json
 LDM_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
-FREE = {  # fields that change nothing here: of training, and of sampling, which has flags of its own
-    *("dropout", "num_train_timesteps", "clip_sample", "dynamic_thresholding_ratio", "sample_max_value"),
-    *("timestep_spacing", "steps_offset", "set_alpha_to_one", "skip_prk_steps", "force_upcast"),
-}
+# fields that change nothing here: of training, and of sampling, which has flags of its own
+FREE = "dropout num_train_timesteps clip_sample dynamic_thresholding_ratio sample_max_value".split()
+FREE += "timestep_spacing steps_offset set_alpha_to_one skip_prk_steps force_upcast".split()
 
 
 def is_count(value: object, *divisors: int) -> bool:
@@ -106,18 +102,15 @@ def published_name(folder: Path) -> str:
 
 def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Settings, in terms of our runs, and weights {our name: float32 tensor}; UserError if they don't fit."""
-    path, pipeline, noise = file.parent / "config.json", file.parent / "..", NOISE
+    path, pipeline = file.parent / "config.json", file.parent / ".."
     theirs = read_json(path, "weights need the config.json that was published with them")
     inside = os.path.basename(os.path.abspath(file.parent)) == "unet"
     latent = inside and ((pipeline / "vqvae").is_dir() or theirs.get("flip_sin_to_cos"))
-    config, part = read_config(path, theirs, "ldm" if latent else "ddpm"), {}
-    if latent:
-        part = read_autoencoder(pipeline, config)
+    config = read_config(path, theirs, "ldm" if latent else "ddpm")
+    part, noise = (read_autoencoder(pipeline, config), NOISE | LDM_NOISE) if latent else ({}, NOISE)
     for folder in (file.parent, pipeline / "scheduler"):
         if (path := folder / "scheduler_config.json").is_file() or (latent and folder != file.parent):
-            theirs = read_json(path, "a latent diffusion model has it beside unet/ and vqvae/")
-            if latent:  # what is left out has its default, that of DDPMs
-                theirs, noise = {name: NOISE[name] for name in LDM_NOISE} | theirs, NOISE | LDM_NOISE
+            theirs = NOISE | read_json(path, "a latent diffusion model has it beside unet/ and vqvae/")
             variance = theirs.get("variance_type")  # of ddpm's sigma_t^2, which --variance sets
             fixed = ("variance_type", variance if str(variance).startswith("fixed") else "fixed_small")
             name = theirs.get("_class_name")  # others have other betas where theirs are left out
@@ -128,8 +121,6 @@ def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     """{our name: float32 tensor} of a file of weights; else UserError."""
-    from .runs import read_pickle  # here, as support.runs imports this module
-
     weights = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file, "get it again")
     for weight in weights.values() if isinstance(weights, dict) else [None]:
         dense = isinstance(weight, torch.Tensor) and weight.layout == torch.strided
@@ -140,8 +131,7 @@ def read_weights(file: Path) -> dict[str, torch.Tensor]:
 
 def read_autoencoder(pipeline: Path, unet: dict) -> dict:
     """The settings that vqvae/ adds to those of the UNet of a latent diffusion model, and its weights."""
-    file = published_file(pipeline / "vqvae")
-    if file is None:
+    if (file := published_file(pipeline / "vqvae")) is None:
         whole = f"{os.path.abspath(pipeline)} is a latent diffusion model"
         raise UserError(f"{whole}, and lacks vqvae/ or weights in it: get it")
     path = file.parent / "config.json"

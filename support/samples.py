@@ -107,10 +107,9 @@ def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str
     each = math.ceil(len(x[0]) / len(names))  # images of a condition in a block
     across = min(each, max(1, 16 // len(x)))  # of them in a row
     cells, rows = [], []
-    for k, name in enumerate(names):
-        for start in range(0, each, across):
-            rows.append(name if start == 0 else "")
-            for block in x:
-                images = block[k :: len(names)][start : start + across]
-                cells += [images, images.new_ones(across - len(images), *images.shape[1:])]
+    for (k, name), start in product(enumerate(names), range(0, each, across)):
+        rows.append(name if start == 0 else "")
+        for block in x:
+            images = block[k :: len(names)][start : start + across]
+            cells += [images, images.new_ones(across - len(images), *images.shape[1:])]
     return make_grid(torch.cat(cells), caption, len(x) * across, rows, heads if len(x) > 1 else [])

@@ -25,8 +25,6 @@ SIZES = {"small": (0.13, 0.15), "large": (0.2, 0.22)}  # smallest and largest ra
 # Pairs that no training image shows: prompts with them test whether the model combines colour and shape.
 HELD_OUT = set(dict(green="circle", yellow="square", orange="triangle", red="star", blue="cross").items())
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # the first's side
-
-
 # One shape of a scene; radius and centre (x, y) are in units of the image, the centre from the top left.
 Shape = namedtuple("Shape", "colour shape size radius centre")
 

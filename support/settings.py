@@ -69,8 +69,7 @@ def add_settings(parser: Parser, groups: dict[str, type]) -> None:
             if default is False:
                 options.setdefault("action", "store_true")
             elif default is not None and "(default" not in options["help"]:
-                between = " " if "nargs" in options else ","  # as they are typed
-                shown = between.join(map(str, default)) if isinstance(default, list) else default
+                shown = ",".join(map(str, default)) if isinstance(default, list) else default
                 options["help"] += f" (default: {shown})"
             add("--" + name.replace("_", "-"), **options)
 
@@ -119,13 +118,12 @@ class Command:
 
     def check(self, owners: bool = True) -> None:
         """UserError for a typed flag that has no effect, with `owners` also for one of a choice not made."""
-        can_sample = "sample" in self.rows
-        sampling = can_sample and self["sample"] is not None
+        sampling = "sample" in self.rows and self["sample"] is not None
         if sampling and self["checkpoint"] is None:
             raise UserError("--sample needs --checkpoint RUN, the folder of the run to sample from")
         for name in sorted(self.typed & self.rows.keys()):
             row, typed = self.rows[name], flag(name)
-            if can_sample and not sampling and row.get("sample") == "only":
+            if not sampling and row.get("sample") == "only":
                 raise UserError(f"{typed} goes with --sample N, the number of images to draw")
             if sampling and not row.get("sample"):
                 raise UserError(f"{typed} comes from the checkpoint when sampling: leave it out")
@@ -136,8 +134,7 @@ class Command:
 
     def take_from(self, config: dict, free: set[str] | None = None) -> None:
         """Take the settings of a run, but for those typed among `free`; UserError for another one typed."""
-        if free is None:  # then what may change when a run goes on
-            free = {name for name, row in self.rows.items() if row.get("resume")}
+        free = free or {name for name, row in self.rows.items() if row.get("resume")}  # which --resume takes
         for name in sorted(self.typed - free):
             if self[name] != config.get(name):
                 made = f"the run was made with {flag(name)} {config.get(name)}, not {self[name]}"
@@ -160,9 +157,6 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-whole, real = partial(number, int), partial(number, float)
-
-
 def listed(kind: Callable[[str], object], names: Container[str] | None = None) -> Callable[[str], list]:
     """Values of that kind, or of those `names`, with commas between them."""
 
@@ -177,5 +171,6 @@ def listed(kind: Callable[[str], object], names: Container[str] | None = None) -
     return parse
 
 
+whole, real = partial(number, int), partial(number, float)
 COUNT, POSITIVE, SWITCH = whole(1), real(0, above=True), argparse.BooleanOptionalAction
 OLDER = {"patch": 1, "places": False, "adagn": False, "text_kernel": 0}  # of runs from before these

@@ -50,9 +50,9 @@ class Trainer:
         for x_0, y, generator in trainer:
             trainer.step(loss_fn(trainer.net, x_0, y, generator))
 
-    Between two batches it saves, logs, draws previews by `preview(averaged network, epoch)`, and stops after
-    a signal (Stopped) or where the loss is not finite (UserError). `average(net, decay)` makes the averaged
-    weights, `ema`; the first process writes log.csv and ckpt.pt, with the entries of `keep`, to `run`.
+    Between two batches it saves, logs, draws by `preview(averaged network, epoch, file to write)`, and stops
+    after a signal (Stopped) or where the loss is not finite (UserError). `average(net, decay)` makes the
+    averaged weights, `ema`; the first process writes log.csv and ckpt.pt, with `keep` in it, to `run`.
     """
 
     def __init__(self, net, average, loader: Loader, run: Path, settings, machine=MACHINE, preview=None):
@@ -106,10 +106,7 @@ class Trainer:
                     seen += batch
                     bar.update(batch)
                     self.after_step(stop.is_set(), bar, started)
-                self.check_losses()
-                self.tell_time()
                 loss, self.loss_sum, took = self.loss_sum / per_epoch, 0.0, time.monotonic() - started
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 lr = f"{self.optimizer.param_groups[0]['lr']:.3e}"
                 row = (epoch, self.steps, f"{loss:.6f}", lr, f"{seen / took:.1f}", f"{took:.2f}")
                 measured = self.tested and self.processes.first and self.tested.measure(self.ema.net)
@@ -124,8 +121,7 @@ class Trainer:
         rate = self.lr * (taken + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
         if taken >= warmup:
             rate = self.lr * 0.5 * (1 + math.cos(math.pi * (taken - warmup) / (total - warmup)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
         self.loss = torch.zeros((), device=x_0.device)
         share, before = range(batch)[self.processes.rank :: count], self.generator.get_state()
@@ -161,31 +157,27 @@ class Trainer:
                 raise self.lost("loss scale of fp16 fell to nothing", self.steps)
 
     def after_step(self, stopping: bool, bar: tqdm, started: float) -> None:
-        """Look at the losses now and then; save in a long epoch; save and stop after a signal."""
+        """Look at the losses now and then, tell a long run's hours, save in a long epoch, or to stop."""
         per_epoch = self.loader.batches
         if self.steps == self.first_step:
             if self.machine.compile:
                 self.pending[-1].tolist()  # waits for the device
                 tqdm.write(f"the first step took {time.monotonic() - started:.0f} s, with compilation")
             self.began = time.monotonic()
-        if len(self.pending) >= CHECK_EVERY:
+        if len(self.pending) >= CHECK_EVERY or self.steps % per_epoch == 0:
             self.check_losses()
-            self.tell_time()
             bar.set_postfix(loss=f"{self.loss_sum / ((self.steps - 1) % per_epoch + 1):.4f}", refresh=False)
+            done, left = self.steps - self.first_step, self.settings.epochs * per_epoch - self.steps
+            if done and not self.told:
+                self.told, hours = True, (time.monotonic() - self.began) / done * left / 3600
+                if hours > 1:
+                    less = "fewer --epochs, a smaller --image-size, or latents (docs/latents.md)"
+                    tqdm.write(f"time     about {hours:.1f} hours; what takes less: {less}")
         stopping, late = self.processes.any(stopping, time.monotonic() - self.saved_at > SAVE_SECONDS)
         if self.steps % per_epoch and (stopping or late):
             self.save()
             if stopping:
                 raise Stopped
-
-    def tell_time(self) -> None:
-        """Say, once, how long a long run will take, and what takes less."""
-        done, left = self.steps - self.first_step, self.settings.epochs * self.loader.batches - self.steps
-        if done and not self.told:
-            self.told, hours = True, (time.monotonic() - self.began) / done * left / 3600
-            if hours > 1:
-                less = "fewer --epochs, a smaller --image-size, or latents (docs/latents.md)"
-                tqdm.write(f"time     about {hours:.1f} hours; what takes less: {less}")
 
     def after_epoch(self, epoch: int, stopping: bool) -> None:
         """Save, log, stop after a signal, draw a preview."""
@@ -208,7 +200,7 @@ class Trainer:
         """Draw a preview in the run's precision; a note where there is too little memory for it."""
         try:
             with self.autocast:
-                self.preview(self.ema.net, epoch)
+                self.preview(self.ema.net, epoch, self.run / "samples" / f"epoch_{epoch:04d}.png")
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -216,8 +208,7 @@ class Trainer:
 
     def check_losses(self) -> None:
         """Add up the pending losses; UserError if one is not finite, and then nothing later is saved."""
-        values = torch.stack(self.pending) if self.pending else torch.zeros(0, 2)
-        values = (self.processes.add(values) / self.processes.count).tolist()
+        values = (self.processes.add(torch.stack(self.pending)) / self.processes.count).tolist()
         for step, (loss, norm) in enumerate(values, start=self.steps - len(values) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
                 what = "loss" if not math.isfinite(loss) else "gradient"
@@ -271,8 +262,7 @@ class Trainer:
             torch.cuda.set_rng_state_all(rng["cuda"])
         if rng["train"].numel() == self.generator.get_state().numel():  # else it is of another kind of device
             self.generator.set_state(rng["train"])
-        for group in self.optimizer.param_groups:
-            group["fused"] = self.optimizer.defaults["fused"]  # that of this device
+        self.optimizer.param_groups[0]["fused"] = self.optimizer.defaults["fused"]  # that of this device
         self.steps, self.loss_sum, self.resumed = checkpoint["step"], checkpoint["loss_sum"], True
         self.skipped = checkpoint.get("skipped", 0)
         self.rows = checkpoint.get("log", [])  # older runs have them in log.csv alone

@@ -122,7 +122,8 @@ def trained(arm: Arm, steps: int | None = None, seconds: float = math.inf) -> tu
                 trainer.step(diffusion.loss(trainer.net, x_0, y, generator))
             if len(trainer.pending) >= CHECK_EVERY:  # thousands of them would scatter the memory
                 trainer.check_losses()
-        trainer.check_losses()
+        if trainer.pending:
+            trainer.check_losses()
     return trainer, diffusion
 
 
