@@ -38,7 +38,7 @@ from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_pictures
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import distance, diversity, psnr, saturation
-from support.operators import VIEWS, View, low_pass, turned
+from support.operators import VIEWS, View, low_pass, sharp_low_pass, turned
 from support.pictures import make_grid, save_picture
 from support.runs import model_name, prepare_folders, run_folder
 from support.settings import COUNT, POSITIVE, listed, real, setting, whole
@@ -49,8 +49,7 @@ from support.text import conditions
 def sdedit(diffusion, sampler, eps_theta, x_0, timesteps, generator=None) -> Tensor:
     """x_0 noised to timesteps[0] and denoised from there (Meng et al. 2022, section 3)."""
     # Start: SDEdit
-    t = torch.full((len(x_0),), timesteps[0], device=x_0.device)
-    x_t, _ = diffusion.noise_images(x_0, t, generator)  # the lower t, the more of the image is kept
+    x_t, _ = diffusion.noise_images(x_0, timesteps[0], generator)  # the lower t, the more of x_0 is kept
     return sampler(diffusion, eps_theta, x_t, timesteps, generator)
     # End
 
@@ -106,12 +105,12 @@ def anagram(eps_1, eps_2, view: View):
     return lambda x_t, t: (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
 
 
-def hybrid(eps_1, eps_2, sigma: float | None = None):
-    """`G eps_1 + eps_2 - G eps_2`, G a Gaussian blur of `sigma` pixels (Factorized Diffusion, section 3)."""
+def hybrid(eps_1, eps_2, G=low_pass):
+    """`G eps_1 + eps_2 - G eps_2`, G a low-pass filter, as a blur (Factorized Diffusion, section 3)."""
 
     def eps_theta_hybrid(x_t: Tensor, t: Tensor) -> Tensor:
         far, near = eps_1(x_t, t), eps_2(x_t, t)
-        return low_pass(far, sigma) + near - low_pass(near, sigma)
+        return G(far) + near - G(near)
 
     return eps_theta_hybrid
 
@@ -241,11 +240,10 @@ def deblur(shape, sigma: float | None = None) -> Measurement:
     kept = S > 0.1  # the largest is about 1
     B = ((U[:, kept] * S[kept]) @ V[kept]).float()
     B_inverse = ((V[kept].T / S[kept]) @ U[:, kept].T).float()
-
-    def on_both_sides(matrix: Tensor):
-        return lambda x: matrix.to(x.device) @ x @ matrix.T.to(x.device)
-
-    return Measurement(on_both_sides(B), on_both_sides(B_inverse))
+    return Measurement(
+        lambda x: B.to(x.device) @ x @ B.T.to(x.device),
+        lambda y: B_inverse.to(y.device) @ y @ B_inverse.T.to(y.device),
+    )
 
 
 def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
@@ -284,7 +282,8 @@ class EditSettings:  # of all tasks; EDITS below lists those of each
     jump: int = setting(1, "RePaint: number of strides of a part", "J", COUNT)
     view: str = setting("rotate180", f"second reading: {', '.join(VIEWS)}", "NAME")
     pieces: int = setting(4, "N x N pieces", "N", whole(2), of="view=jigsaw")
-    sigma: float | None = setting(None, "blur, in pixels (default: 2 at 64x64, scaled)", "S", real(0.1))
+    cycles: float | None = setting(None, "low: to N cycles a side (default: 2.5; digits 2)", "N", real(0.1))
+    sigma: float | None = setting(None, "instead: a Gaussian blur, in pixels", "S", real(0.1))
     frames: int = setting(7, "images from the first to the second, both included", "N", whole(2))
     iterations: int = setting(5, "iterations of the fixed point in each stride", "N", COUNT)
     parameterisations: list = setting(["pixels", "fourier"], KINDS, "LIST", listed(str, PARAMETERISATIONS))
@@ -309,7 +308,6 @@ class Model:
         self.settings, self.guidance, self.sampling, self.machine = command.groups
         typed = [cli.flag(name) for name in ("labels", "prompt") if command[name]]
         command.check()
-        ddpm_conditional.check_guidance(self.guidance)
         for name in sorted(command.typed & vars(self.guidance).keys()) if not typed else ():
             raise UserError(f"{cli.flag(name)} goes with --labels or --prompt: it guides towards a condition")
         self.device = get_device(self.machine.device)
@@ -481,8 +479,8 @@ def run_inpaint(model: Model):
     return columns, labels, columns["result"], notes
 
 
-def draw_pair(model: Model, compose, columns_of) -> dict[str, Tensor]:
-    """The x_t, and columns_of(x), of pictures x drawn by compose(eps_1, eps_2) of two conditions."""
+def draw_pair(model: Model, label: str, compose, columns_of, *readings: str):
+    """Draw x by compose(eps_1, eps_2) of two conditions, which two columns of x, `readings`, should show."""
     model.in_pixels("its two readings share pixels, or frequencies of pixels")
     if len(model.names) != 2:
         raise UserError("this takes a conditional model and two conditions: --labels 6,9, or two of --prompt")
@@ -493,7 +491,12 @@ def draw_pair(model: Model, compose, columns_of) -> dict[str, Tensor]:
         x = model.sample(eps_theta, items)
         return {**eps_theta.kept, **columns_of(x)}
 
-    return model.batches("drawing", [Item(draw=draw) for draw in range(model.settings.draws)], edit)
+    columns = model.batches("drawing", [Item(draw=draw) for draw in range(model.settings.draws)], edit)
+    labels, notes = [label] * model.settings.draws, []
+    if found := model.classes(*(columns[reading] for reading in readings)):
+        labels = [f"{label} seen as {a} / {b}" for a, b in found]
+        notes = [f"the classifier names both as asked in {found.count(tuple(model.names))} of {len(found)}"]
+    return columns, labels, columns["as it is"], notes
 
 
 def make_view(name: str, shape: tuple, pieces: int, seed: int) -> View:
@@ -511,27 +514,26 @@ def run_anagram(model: Model):
     """One picture, read in two ways: as it is, and turned or otherwise rearranged."""
     settings, seen = model.settings, f"seen by {model.settings.view}"
     view = make_view(settings.view, model.shape, settings.pieces, model.machine.seed)
-    columns = draw_pair(model, partial(anagram, view=view), lambda x: {"as it is": x, seen: view.see(x)})
-    labels, notes = [" / ".join(model.names)] * settings.draws, []
-    if found := model.classes(columns["as it is"], columns[seen]):
-        labels = [f"{label} seen as {a} / {b}" for label, (a, b) in zip(labels, found, strict=True)]
-        notes = [f"the classifier names both as asked in {found.count(tuple(model.names))} of {len(found)}"]
-    return columns, labels, columns["as it is"], notes
+    label, readings = " / ".join(model.names), lambda x: {"as it is": x, seen: view.see(x)}
+    return draw_pair(model, label, partial(anagram, view=view), readings, "as it is", seen)
 
 
 def run_hybrid(model: Model):
     """A picture that is one thing from afar, by its low frequencies, and another from near."""
-    size, sigma = model.shape[-1], model.settings.sigma
+    size, sigma, cycles = model.shape[-1], model.settings.sigma, model.settings.cycles
+    if sigma and cycles:
+        raise UserError("--sigma and --cycles both say which frequencies are low: leave one out")
+    cycles = cycles or (2.0 if model.config["dataset"] == "digits" else 2.5)  # those fill their images
+    G = partial(low_pass, sigma=sigma) if sigma else partial(sharp_low_pass, cycles=cycles)
     edge = (size - max(1, size // 4)) // 2
 
     def columns_of(x: Tensor) -> dict[str, Tensor]:
-        low, small = low_pass(x, sigma), F.interpolate(x, size=max(1, size // 4), mode="area")
-        afar = F.pad(small, (edge, size - edge - small.shape[-1]) * 2, value=1.0)  # on white
-        return {"large": x, "small": afar, "low frequencies": low, "high": x - low}
+        low, small = G(x), F.interpolate(x, size=max(1, size // 4), mode="area")
+        small = F.pad(small, (edge, size - edge - small.shape[-1]) * 2, value=1.0)  # on white
+        return {"as it is": x, "small": small, "blurred": low_pass(x, size / 11), "low": low, "high": x - low}
 
-    columns = draw_pair(model, partial(hybrid, sigma=sigma), columns_of)
-    labels = ["{} from afar, {} from near".format(*model.names)] * model.settings.draws
-    return columns, labels, columns["large"], []
+    label = " from afar, ".join(model.names) + " from near"
+    return draw_pair(model, label, partial(hybrid, G=G), columns_of, "blurred", "as it is")
 
 
 def run_interpolate(model: Model):
@@ -630,7 +632,7 @@ EDITS = {
     "sdedit": Edit(run_sdedit, "image i_start strength draws", dict(sample_steps=None)),
     "inpaint": Edit(run_inpaint, "image mask box resample jump draws classifier"),
     "anagram": Edit(run_anagram, "view pieces draws classifier", dict(draws=10, guidance_scale=[5.0])),
-    "hybrid": Edit(run_hybrid, "sigma draws", dict(draws=4)),
+    "hybrid": Edit(run_hybrid, "sigma cycles draws classifier", dict(draws=10, guidance_scale=[5.0])),
     "interpolate": Edit(run_interpolate, "image frames iterations", dict(guidance_scale=[1], sampler="ddim")),
     "sds": Edit(run_sds, "parameterisations steps lr draws", dict(draws=4, guidance_scale=[1.0, 7.5])),
     "restore": Edit(run_restore, "image problem factor blur_sigma degraded draws"),

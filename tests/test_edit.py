@@ -1,6 +1,7 @@
 """Edits: closed forms where the data are Gaussian, and what a user sees of each task."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -284,6 +285,27 @@ def test_a_hybrid_is_low_frequencies_of_one_and_high_of_the_other(size, width, s
 
     expected = G(eps_1(x, t)) + eps_2(x, t) - G(eps_2(x, t))
     assert torch.allclose(edit.hybrid(eps_1, eps_2)(x, t), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("cycles", [1, 2, 5])
+def test_the_sharp_filter_keeps_low_waves_and_halves_one_at_its_cut(cycles):
+    """A wave of f cycles a side is multiplied by 1 / (1 + (f / cycles)^8); a constant stays."""
+    for f in (0, 1, 2, 5, 8):
+        for dims in ((1, 16), (16, 1)):
+            wave = (2 * math.pi * f * torch.arange(16, dtype=torch.float64) / 16 + 0.3).cos().view(dims)
+            wave = wave.expand(1, 1, 16, 16)
+            gain = 1 / (1 + (f / cycles) ** 8)
+            assert torch.allclose(operators.sharp_low_pass(wave, cycles), gain * wave, atol=1e-12)
+
+
+def test_a_hybrid_takes_any_filter():
+    eps_1, eps_2 = random_denoiser(0), random_denoiser(1)
+    x, t = torch.randn(2, *SQUARE, dtype=torch.float64), torch.tensor([5, 70])
+    G = partial(operators.sharp_low_pass, cycles=2.5)
+    mixed = edit.hybrid(eps_1, eps_2, G)(x, t)
+    assert torch.allclose(mixed, G(eps_1(x, t)) + eps_2(x, t) - G(eps_2(x, t)))
+    none, all_of_it = (edit.hybrid(eps_1, eps_2, lambda x, k=k: k * x)(x, t) for k in (0, 1))
+    assert torch.allclose(none, eps_2(x, t)) and torch.allclose(all_of_it, eps_1(x, t))
 
 
 def test_a_hybrid_of_one_condition_is_that_condition():
@@ -614,6 +636,9 @@ def test_the_classifier_names_what_was_made(make, runs):
     judge = ["--classifier", runs / "classifier_digits"]
     result = make("anagram", "ddpm_conditional_digits", "--labels", "6,9", "--draws", 3, *judge)
     assert result.code == 0 and "as asked in" in result.out and "of 3" in result.out, result.err
+    for split in ([], ["--cycles", 1.5], ["--sigma", 1]):
+        result = make("hybrid", "ddpm_conditional_digits", "--labels", "6,9", "--draws", 3, *split, *judge)
+        assert result.code == 0 and "names both as asked in" in result.out, result.err
     flags = [*images_for("inpaint", runs), "--box", "0,0,4,8", *judge]
     result = make("inpaint", "ddpm_conditional_digits", *flags)
     assert result.code == 0 and "of 2 as it names the input" in result.out, result.err
@@ -657,6 +682,8 @@ def test_the_classifier_names_what_was_made(make, runs):
         ("anagram", "ddpm_digits", [], "conditional model"),
         ("hybrid", "ddpm_digits", ["--labels", "3,5"], "conditional model"),
         ("hybrid", "ddpm_conditional_digits", [], "two conditions"),
+        ("hybrid", "ddpm_conditional_digits", ["--labels", "6"], "two conditions"),
+        ("hybrid", "ddpm_conditional_digits", ["--labels", "6,9", "--sigma", 2, "--cycles", 2], "leave one"),
         ("sds", "ddpm_digits", ["--out", "black.png"], "is a file"),
         ("anagram", "ddpm_conditional_digits", ["--labels", "6,9,8"], "two conditions"),
         ("anagram", "ddpm_conditional_digits", ["--labels", "6,9", "--view", "rotate45"], "no isometry"),
