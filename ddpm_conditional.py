@@ -203,12 +203,12 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> lau
         y, x_0 = y_shown.repeat_interleave(columns, dim=0), []
         how = space.shape, settings, config["seed"], device
         for part in torch.arange(len(y)).split(launch.at_once(config)):
-            eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)
+            eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)  # 2.b
             x_0.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)))
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
         save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
 
-    loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])
+    loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])  # 2.b: called with labels y
     return launch.Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep, latents=latents)
 
 
@@ -244,18 +244,11 @@ def measure_accuracy(diffusion, net, x_0: Tensor, y: Tensor, batch_size: int, se
     """(t, share of the images x_0 (N, C, H, W) classified as y (N,), ten x_t) at eleven t of 1..T."""
     found = []
     for t in sorted({1, *(ddpm.at(100 * k, diffusion.T) for k in range(1, 11))}):
-        generator, noisy, named = seeded_generator(seed, t), [], []  # the same noise every epoch
-        for x in x_0.split(batch_size):
-            times = torch.full((len(x),), t)
-            x_t, _ = diffusion.noise_images(x, times, generator)
-            noisy.extend(x_t[: 10 - len(noisy)])
-            named.append(net(x_t.to(device), times.to(device)).argmax(1).cpu())
-        found.append((t, (torch.cat(named) == y).double().mean().item(), torch.stack(noisy)))
+        x_t, _ = diffusion.noise_images(x_0, t, seeded_generator(seed, t))  # the same noise every epoch
+        parts = (part.to(device) for part in x_t.split(batch_size))
+        named = torch.cat([net(x, torch.full((len(x),), t, device=device)).argmax(1).cpu() for x in parts])
+        found.append((t, (named == y).double().mean().item(), x_t[:10].clone()))
     return found
-
-
-TASKS, KINDS = {"diffusion": conditional, "classifier": classification}, ("ddpm_conditional", "classifier")
-SAME_DATA = ("dataset", "image_size", "channels")  # of a classifier and its model, or of runs to compare
 
 
 def settle_scale(p_uncond: float, command: Command | None = None) -> None:
@@ -314,8 +307,8 @@ def run_sampling(command: Command) -> None:
     speed_up_sampling(net, command[MachineSettings], device)
 
     def draw(numbers, bar: tqdm, scale: float) -> tuple[Tensor, list[Tensor]]:
-        asked = y[[i % each % len(names) for i in numbers]].to(device)
-        eps_theta = guided_denoiser(diffusion, net, asked, scale, guidance, classifier)
+        asked = y[[i % each % len(names) for i in numbers]].to(device)  # 2.b: the labels that were passed
+        eps_theta = guided_denoiser(diffusion, net, asked, scale, guidance, classifier)  # 2.b: sampling
         eps_theta = Watched(eps_theta, diffusion.T, bar, film)
         x_0 = ddpm.sample(diffusion, eps_theta, numbers, space.shape, settings, seed, device)
         return space.decode(x_0), [space.decode(x_t) for x_t in eps_theta.kept.values()]
@@ -327,6 +320,8 @@ def run_sampling(command: Command) -> None:
     plan.draw_grids(columns, caption, name, how.batches)
 
 
+TASKS, KINDS = {"diffusion": conditional, "classifier": classification}, ("ddpm_conditional", "classifier")
+SAME_DATA = ("dataset", "image_size", "channels")  # of a classifier and its model, or of runs to compare
 DROP = "probability of dropping an image's condition, from which the unconditional is learned"
 CONDITION = "condition of the network: %(choices)s (default: label where the data set has labels)"
 
@@ -362,8 +357,7 @@ def settle_init(command: Command) -> None:
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
-        if command["latent"]:
-            settle_latent(command)
+        settle_latent(command)
         own = {"digits": {"epochs": 30}, "stanfordcars": utils.FOR_CONTENT}  # ten classes take longer
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["dataset"], {})})
     command.check(owners=not command["resume"])
@@ -379,8 +373,7 @@ def main() -> None:
     if command["init"]:
         settle_init(command)
         command.check()
-        if command["latent"]:
-            settle_latent(command)
+        settle_latent(command)
     launch.run_training(command, utils.get_data, utils.NARROW, TASKS, ddpm.train, KINDS)
 
 

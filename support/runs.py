@@ -1,10 +1,8 @@
 """Run folders: checkpoints that never run code, logs, and folders of samples that are never mixed."""
 
 import json
-import pickle
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,8 +10,8 @@ from pathlib import Path
 import PIL.Image
 import torch
 
-from .errors import LostProcess, Stopped, UserError, is_lost, is_out_of_memory, note
-from .files import damage, digest, new_path, quoted, read_csv, remove_leftovers, replacing, write_csv
+from .errors import LostProcess, Stopped, UserError, is_lost, note
+from .files import digest, new_path, quoted, read_csv, read_pickle, remove_leftovers, replacing, write_csv
 from .images import image_files
 from .processes import Processes
 from .published import PUBLISHED_FILES, load_published, published_file, published_name
@@ -36,14 +34,19 @@ class OutputSettings:
 
 
 CHECKPOINT_KEYS = ("config", "net", "ema", "optimizer", "epoch", "step", "loss_sum", "rng", "data")
+FOREIGN = {"model.diffusion_model.": "LDM or Stable Diffusion", "input_blocks.": "guided-diffusion"}
 ABOUT = ("kind", "epoch", "class_names", "vocabulary", "examples", "autoencoder")  # beside the settings
 
 
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     """A run's checkpoint, read from its folder or its ckpt.pt; UserError if it is none of the kinds."""
     path = checkpoint_file(path)
-    checkpoint = read_pickle(path, "use a ckpt.pt that this project wrote")
-    if not isinstance(checkpoint, dict) or "kind" not in checkpoint:
+    read = read_pickle(path, "use a ckpt.pt that this project wrote")
+    checkpoint = read if isinstance(read, dict) else {}
+    if "kind" not in checkpoint:
+        keys = " ".join(map(str, checkpoint.get("state_dict", checkpoint)))
+        for what in (what for key, what in FOREIGN.items() if key in keys):
+            raise UserError(f"{path} holds weights of {what}, which are out of scope (the README says more)")
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
     if checkpoint["kind"] not in kinds:
         one = f"{'an' if kinds[0] == 'autoencoder' else 'a'} {kinds[0]!r} one is needed here"
@@ -76,22 +79,6 @@ def fitting(path: object) -> Iterator[None]:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # all may be in a file
         why = "; ".join(line.strip() for line in str(error).splitlines()[:4])
         raise UserError(f"{path} does not hold the network that its settings describe: {why}") from None
-
-
-def read_pickle(path: Path, instead: str) -> object:
-    """What torch.save wrote, read onto the CPU without running code; UserError says what to use `instead`."""
-    try:
-        with warnings.catch_warnings():  # about foreign files, which are refused below
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path} can't be read: {error.strerror}") from None
-    except Exception as error:  # torch, zipfile and pickle each have their own
-        if is_out_of_memory(error):
-            raise
-        unsafe = isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error)
-        why = "holds Python objects, which could run code" if unsafe else "is damaged or no PyTorch file"
-        raise UserError(f"checkpoint {path} was not loaded: it {damage(path) or why}; {instead}") from None
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -149,7 +136,6 @@ def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) ->
     if run != wanted:
         note(f"{wanted} exists and stays as it is: this run goes to {run}")
     if processes.first:
-        (run / "samples").mkdir(exist_ok=True)
         remove_leftovers(run, run / "samples")
         with replacing(run / "config.json") as file:
             file.write(json.dumps(config, indent=2).encode())
@@ -210,11 +196,9 @@ def check_folder(folder: Path) -> None:
 
 def text_in(path: Path) -> str | None:
     """The settings that an image was made with, as its file keeps them, if it is one of ours."""
-    try:
-        with PIL.Image.open(path, formats=["PNG"]) as picture:
-            return picture.text.get("made_with")
-    except Exception:  # Pillow's decoders raise almost anything on a broken file
-        return None
+    with suppress(Exception), PIL.Image.open(path, formats=["PNG"]) as picture:  # broken files raise anything
+        return picture.text.get("made_with")
+    return None
 
 
 def model_name(config: dict) -> str:

@@ -47,6 +47,7 @@ class Vocabulary(namedtuple("Vocabulary", "words max_tokens")):  # max_tokens is
             words = words_of(caption)
             if unknown := [word for word in words if word not in number]:
                 known = f"the nearest it knows: {nearest(unknown[0], self.words)}"
+                known += f"; all: {', '.join(self.words)}" if len(self.words) < 100 else ""
                 raise UserError(f"{caption!r}: the model knows no word {unknown[0]!r}; {known}")
             if len(words) >= self.max_tokens:
                 most = f"at most {self.max_tokens - 1}, as many as its longest training caption has"
@@ -97,30 +98,27 @@ def find_labels(parts: Sequence[str], class_names: Sequence[str]) -> list[int]:
     return found
 
 
-def lacks(data, name: str, what: str) -> UserError:
-    """That a data set has no labels, or no captions, and what to do."""
+def check_has(data, name: str, what: str) -> None:
+    """UserError, with what to do, where a data set has no labels, or no captions."""
     other, condition = ("captions", "text") if what == "labels" else ("labels", "label")
-    cure = "choose another --dataset"
+    read = f"labels are read from sub-folders, one a class, captions from a metadata.jsonl of {CAPTION}; or "
+    cure = read * (name == "folder") + "choose another --dataset"
     if getattr(data, other) is not None:
         cure = f"train it with --condition {condition}"
-    elif name == "folder":
-        cure = f"labels are read from sub-folders, one a class, captions from a metadata.jsonl of {CAPTION}"
-        cure += "; or choose another --dataset"
-    return UserError(f"data set {name} has no {what}: {cure}")
+    if getattr(data, what) is None:
+        raise UserError(f"data set {name} has no {what}: {cure}")
 
 
 def by_label(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
     """Labels (N,), names and labels of ten classes for previews, entries of a checkpoint; else UserError."""
-    if data.labels is None:
-        raise lacks(data, name, "labels")
+    check_has(data, name, "labels")
     shown = sorted({round(k * (len(data.class_names) - 1) / 9) for k in range(10)})
     return data.labels, [data.class_names[k] for k in shown], torch.tensor(shown), {}
 
 
 def by_caption(data, name: str) -> tuple[Tensor, list[str], Tensor, dict]:
     """The same for captions: their tokens (N, L), in a vocabulary made from all of them."""
-    if data.captions is None:
-        raise lacks(data, name, "captions")
+    check_has(data, name, "captions")
     vocabulary, shown = Vocabulary.of(data.captions), list(dict.fromkeys(data.captions))[:8]
     keep = {"vocabulary": vocabulary._asdict(), "examples": shown}
     return vocabulary.encode(data.captions), shown, vocabulary.encode(shown), keep

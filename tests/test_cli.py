@@ -334,6 +334,8 @@ def write_bad_checkpoints(trained):
     torch.save({"kind": "classifier", "config": {}}, "classifier.pt")
     torch.save({"weights": torch.zeros(3)}, "foreign.pt")
     torch.save([1, 2], "list.pt")
+    torch.save({"input_blocks.0.0.weight": torch.zeros(3)}, "adm.pt")
+    torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(3)}}, "sd.ckpt")
     torch.save({**state, "config": {**state["config"], "width": 16}}, "other_width.pt")
     torch.save({**state, "config": {}}, "no_config.pt")
     torch.save({**state, "config": {**state["config"], "schedule": "mine"}}, "renamed.pt")
@@ -352,6 +354,8 @@ def write_bad_checkpoints(trained):
         ("classifier.pt", "of kind 'classifier'; a 'ddpm' one is needed"),
         ("foreign.pt", "no checkpoint of this project"),
         ("list.pt", "no checkpoint of this project"),
+        ("adm.pt", "weights of guided-diffusion, which are out of scope"),
+        ("sd.ckpt", "weights of LDM or Stable Diffusion, which are out of scope"),
         ("other_width.pt", "does not hold the network"),
         ("no_config.pt", "does not hold the network"),
         ("renamed.pt", "schedule 'mine' is none of linear, cosine"),

@@ -75,6 +75,12 @@ def test_unknown_words_and_long_captions_are_told():
     vocabulary = Vocabulary.of(["a green circle on gray"])
     with pytest.raises(UserError, match=r"no word 'gren'; the nearest it knows: green, gray"):
         vocabulary.encode(["a gren circle"])
+    with pytest.raises(UserError, match=f"; all: {', '.join(vocabulary.words)}"):  # fewer than a hundred
+        vocabulary.encode(["a gren car"])
+    many = Vocabulary([f"w{i}" for i in range(100)], 5)
+    with pytest.raises(UserError) as error:
+        many.encode(["a"])
+    assert "; all: " not in str(error.value)
     with pytest.raises(UserError, match=r"no word 'zzz'; the nearest it knows: \w+"):
         vocabulary.encode(["zzz"])
     vocabulary.encode(["a a a a a"])
