@@ -20,7 +20,7 @@ import textwrap
 import time
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -29,25 +29,25 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 import ddpm
 from ddpm import SAMPLERS, Diffusion, at, clip_x_0, numbered_noise
 from ddpm_conditional import SAME_DATA, GuidanceSettings, guided_denoiser, load_classifier, settle_scale
 from modules import EMA, timestep_embedding
-from support import measures, runs
+from support import charts, measures, runs
 from support.charts import Chart, Panel, Result, curves, draw_page, publish, write_report
 from support.errors import UserError, note, run_main
-from support.files import quoted, read_csv
+from support.files import quoted, read_csv, read_pickle
 from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_x_0
 from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
-from support.measures import BANDS, psnr, quality
+from support.measures import BANDS, correlation, nearest_images, neighbours_kept, psnr, quality, standardised
+from support.operators import low_pass
 from support.pictures import join, make_grid
 from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
-from support.text import conditions
+from support.text import ConditionSettings, conditions
 from support.trainer import Trainer, TrainingSettings
 from utils import DATASETS, SCHEDULES, WEIGHTINGS, Data, get_data, p2
 
@@ -59,7 +59,7 @@ class Settings:
 
     image: list | None = setting(None, "your own images instead of the data set's", "FILE", nargs="+")
     images: int = setting(16, "number of images of the data set", "N", COUNT)
-    show: int = setting(4, "number of images in the figure", "N", COUNT)
+    show: int = setting(4, "number of images in the figure, in guidance for each scale", "N", COUNT)
     dataset: str = setting("digits", "data set, without a run: %(choices)s", "NAME", choices=DATASETS)
     image_size: int | None = setting(None, "size, without a run (default: the data's, or 64)", "N", whole(8))
     schedules: list = setting([*SCHEDULES], f"some of {', '.join(SCHEDULES)}", "LIST", listed(str, SCHEDULES))
@@ -67,18 +67,22 @@ class Settings:
     schedule: str | None = setting(None, "no run: %(choices)s (default: linear)", "NAME", choices=SCHEDULES)
     at: int = setting(300, "the t whose x_t is shown in parts, for T = 1000", "t", whole(1, 1000))
     k: float = setting(1.0, "k of P2's 1 / (k + SNR)^gamma", "K", real(0, above=True))
-    levels: list | None = setting(None, "times t, as 250,500 (default: over all T)", "LIST", listed(COUNT))
+    gammas: list = setting([0.0, 0.5, 1.0, 2.0], "gammas of P2; 0 is L_simple", "LIST", listed(real(0)))
+    levels: list | None = setting(None, "times t, as 250,500 (default: by study)", "LIST", listed(COUNT))
     snr: list | None = setting(None, "levels by SNR, as 10,1,0.1", "LIST", listed(real(0, above=True)))
     sampler: str | None = setting(None, "%(choices)s (default: as in previews)", "NAME", choices=SAMPLERS)
     samplers: list = setting([*SAMPLERS], f"some of {', '.join(SAMPLERS)}", "LIST", listed(str, SAMPLERS))
     sample_steps: int = setting(50, "strides from t = T to 0, at most T", "N", COUNT)
     spacing: str | None = setting(None, ddpm.SPACING, "NAME", choices=["even", "log_snr"])
     draws: int = setting(4, "number of draws by ddpm from one x_t", "K", whole(2))
+    no_clip: bool = setting(False, "do not clip x_0 to [-1, 1]")
+    keep_eps: bool = setting(False, "also ddim that keeps eps where x_0 is clipped, as diffusers does")
     samples: int | None = setting(None, "samples to measure (default: up to half of the images)", "N", COUNT)
     full: bool = setting(False, "measure quality above 50 steps as well")
     labels: list | None = setting(None, "class numbers or names (default: all, or ten)", "LIST", listed(str))
     prompt: list | None = setting(None, "captions, each in quotes", "CAPTION", nargs="+", action="extend")
     per_label: int = setting(20, "number of images of each condition at each scale", "N", COUNT)
+    batches: int = setting(1, "rows of --show images of each condition", "B", COUNT)
     guidance_scale: list = setting([1.0], "guidance scales; 1 is plain conditional", "LIST", listed(real(0)))
     langevin_levels: int = setting(60, "number of noise levels of Langevin dynamics", "N", whole(2))
     inner: int = setting(5, "number of Langevin steps at each of them", "N", COUNT)
@@ -135,10 +139,13 @@ class Model(namedtuple("Model", "path net diffusion config device folder")):
         y, plain = y[numbers].to(self.device), GuidanceSettings()
         return self.clipped(guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier))
 
-    def note_condition(self) -> None:
-        if self.config["kind"] == "ddpm_conditional":
-            never = " (which it never learned)" if self.config["p_uncond"] == 0 else ""
-            note(f"{self.path} is conditional: here it gets the null condition{never}")
+    def note_condition(self, y: Tensor | None) -> list[str]:
+        """A line on what a conditional model gets with images whose conditions are y or None; also a note."""
+        if self.config["kind"] != "ddpm_conditional":
+            return []
+        given = "the null condition" if y is None else f"the {self.config['condition']} of each image"
+        note(line := f"{self.path} is conditional: here it gets {given}")
+        return [line]
 
 
 class Evaluator(namedtuple("Evaluator", "net device dim")):  # dim is D, of its features
@@ -185,15 +192,18 @@ def real_data(config: dict, settings: Settings, labelled: bool = False) -> Data:
     return data
 
 
-def chosen_images(settings: Settings, config: dict | None = None, count: int = 1) -> Tensor:
-    """x_0 (B, C, H, W): the user's --image files, or images of the data of a run, which has a config."""
-    if config is None:
-        size = {"image_size": settings.image_size, "channels": None, "limit": None}
-        config = {"dataset": settings.dataset, "data_root": "data", **size}
+def chosen_images(settings: Settings, config: dict | None = None):
+    """x_0 (B, C, H, W), of --image or of a run's data, and the conditions y (B, ...) of these, or None."""
+    config = config or {**vars(settings), "channels": None, "limit": None, "data_root": "data"}
     if settings.image:
-        return read_images(settings.image, config["image_size"] or 64, config["channels"] or 3)
-    images = real_data(config, settings).images
-    return to_x_0(images[torch.randperm(len(images), generator=seeded_generator(settings.seed))[:count]])
+        return read_images(settings.image, config["image_size"] or 64, config["channels"] or 3), None
+    data, condition = real_data(config, settings), config.get("condition")
+    order = torch.randperm(len(data.images), generator=seeded_generator(settings.seed))
+    chosen = order[: vars(settings).get("images", 1)]
+    y = data.labels[chosen] if condition == "label" else None
+    if condition == "text":
+        y = conditions("", config, ConditionSettings(prompt=[data.captions[i] for i in chosen]))[1]
+    return to_x_0(data.images[chosen]), y
 
 
 def nearest_times(diffusion: Diffusion, snr: Tensor) -> Tensor:
@@ -209,22 +219,35 @@ def chosen_levels(levels: Sequence[int] | None, default: Sequence[int], T: int) 
     return chosen
 
 
+def stage_levels(diffusion: Diffusion, each: int = 3) -> list[int]:
+    """Times, falling: `each` in every stage of P2, even in log SNR, of SNR from 1e-4 to 100."""
+    wanted, (most, *_, least) = [], diffusion.snr[1:].tolist()
+    for low, high in STAGES.values():
+        low, high = max(low, 1e-4, least), min(high, 100, most)
+        wanted += [low * (high / low) ** ((i + 0.5) / each) for i in range(each) if low < high]
+    return sorted({*nearest_times(diffusion, torch.tensor(wanted).double()).tolist()}, reverse=True)
+
+
 def snr_label(diffusion: Diffusion, t: int) -> str:
     snr = diffusion.snr[t].item()
     return f"t = {t}, SNR {snr:.0f}" if snr >= 100 else f"t = {t}, SNR {snr:.2g}"
 
 
-def in_batches(eps_theta, batch_size: int, bar):
-    """The denoiser, run on `batch_size` images at once and counted on a progress bar."""
+def in_batches(model: Model, y: Tensor | None, batch_size: int, bar, clip: bool = True):
+    """The model's denoiser on `batch_size` images at once, counted on a progress bar; y (B, ...) or None.
 
-    def eps_theta_in_batches(x_t: Tensor, t: Tensor) -> Tensor:
-        parts = []
-        for x, times in zip(x_t.split(batch_size), t.split(batch_size), strict=True):
-            parts.append(eps_theta(x, times))
+    The images may be B, or B several times, as at several noise levels: y is then repeated.
+    """
+
+    def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
+        parts, of = [], x_t if y is None else torch.cat([y.to(x_t.device)] * (len(x_t) // len(y)))
+        for x, times, z in zip(*(part.split(batch_size) for part in (x_t, t, of)), strict=True):
+            eps_theta = model.diffusion.denoiser(model.net, None if y is None else z)
+            parts.append((model.clipped(eps_theta) if clip else eps_theta)(x, times))
             bar.update(len(x))
         return torch.cat(parts)
 
-    return eps_theta_in_batches
+    return eps_theta
 
 
 def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None, diffusion=None):
@@ -253,36 +276,40 @@ STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.
 PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
 
 
-def over_snr(title: str, y: str, lines: dict, log: str = "xy") -> Panel:
-    """Curves over SNR; a cosine's last steps are left out, which would squeeze all the others."""
-    return Panel(title, "SNR", y, lines, log, bands=STAGES, x_from=1e-4)
+def over_snr(title: str, y: str, lines: dict, log: str = "xy", x_from: float = 1e-4) -> Panel:
+    """Curves over SNR from `x_from` up; a cosine's last steps lie below, and would squeeze all the others."""
+    return Panel(title, "SNR", y, lines, log, bands=STAGES, x_from=x_from)
 
 
 # 1. The P2 comparison: what a model recovers from x_t ------------------------------------------------------
+def ddim_keeping_eps(diffusion, eps_theta, x, timesteps, generator=None):
+    """DDIM, eq. 12, with x_0 clipped and eps as it was (diffusers); `clip_x_0` derives eps again."""
+    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
+        eps = eps_theta(x, t)
+        x_0 = ((x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5).clamp(-1, 1)
+        x = ab_s**0.5 * x_0 + (1 - ab_s) ** 0.5 * eps  # eq. 12, without noise
+    return x
+
+
 def chains(diffusion, eps_theta, sampler, x_t, levels, steps, generators):
     """x_0 of every x_t[l], noisy as levels[l], by a sampler of `steps` strides from T; (L, B, C, H, W) both.
 
-    `levels` fall. DDPM and DDIM use x_t alone: they take one batch down to 0, which the images of each level
-    join. Others, which may have a history, take each level by itself. `generators`: one for each of L x B.
+    A level takes the strides that are left below it. `generators`: one for each of L x B.
     """
-    grid = sorted({*diffusion.timesteps(steps), *levels}, reverse=True)
-    (L, B), done = x_t.shape[:2], []
-    for group in [range(L)] if sampler in ("ddpm", "ddim") else [[i] for i in range(L)]:
-        x, of_x = x_t[0, :0], []
-        for i, end in pairwise([*group, None]):
-            x, of_x = torch.cat([x, x_t[i]]), [*of_x, *generators[i * B : (i + 1) * B]]
-            to = 0 if end is None else levels[end]
-            x = SAMPLERS[sampler](diffusion, eps_theta, x, [t for t in grid if to <= t <= levels[i]], of_x)
-        done.append(x.unflatten(0, (len(group), B)))
-    return torch.cat(done)
+    grid, B, x_0 = sorted({*diffusion.timesteps(steps), *levels}, reverse=True), x_t.shape[1], []
+    for i, level in enumerate(levels):
+        down, of_level = [t for t in grid if t <= level], generators[i * B : (i + 1) * B]
+        x_0.append((SAMPLERS | KEEPING_EPS)[sampler](diffusion, eps_theta, x_t[i], down, of_level))
+    return torch.stack(x_0)
 
 
-def reconstructions(model, x_t: Tensor, levels: Sequence[int], draws: dict[str, int], settings) -> dict:
-    """The image of every x_t (L, B, *) at t = levels (L,), by each way; -> {way: (L, draws, B, C, H, W)}."""
+def reconstructions(model, x_t: Tensor, y, levels: Sequence[int], draws: dict[str, int], settings) -> dict:
+    """Images of x_t (L, B, *) at levels (L,), y (B, ...) or None, by each way; {way: (L, K, B, C, H, W)}."""
     diffusion, (L, B), x_t = model.diffusion, x_t.shape[:2], x_t.to(model.device)
     steps = min(settings.sample_steps, diffusion.T)
     with progress("denoising", unit="evaluation") as bar:
-        eps_theta = in_batches(model.eps_theta(), settings.batch_size, bar)
+        plain = in_batches(model, y, settings.batch_size, bar, clip=False)
+        eps_theta = plain if settings.no_clip else in_batches(model, y, settings.batch_size, bar)
         # Start: from x_t to x_0
         t, x = torch.tensor(levels, device=model.device).repeat_interleave(B), x_t.flatten(0, 1)  # (L B, ...)
         one_step = diffusion.x_0_from_eps(x, eps_theta(x, t), t)  # DDPM, eq. 15: the mean of all that fit x_t
@@ -291,7 +318,8 @@ def reconstructions(model, x_t: Tensor, levels: Sequence[int], draws: dict[str, 
             seeds = [(level, i, 1 + k) for level in levels for k in range(K) for i in range(B)]
             generators = [seeded_generator(settings.seed, *seed) for seed in seeds]
             start = x_t.repeat(1, K, 1, 1, 1)  # (L, K B, C, H, W)
-            x = chains(diffusion, eps_theta, sampler, start, levels, steps, generators)
+            denoiser = plain if sampler in KEEPING_EPS else eps_theta
+            x = chains(diffusion, denoiser, sampler, start, levels, steps, generators)
             found[f"chain, {sampler}"] = model.space.decode(x).clamp(-1, 1).unflatten(1, (K, B))
         # End
     return found
@@ -314,18 +342,17 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callabl
     """
     rows = []
     for t in sorted({at(25 * k, diffusion.T) for k in range(1, 41)}):
-        times = torch.full((len(x_0),), t)
-        a, b = (diffusion.noise_images(x_0, times, seeded_generator(seed, t, i))[0] for i in (0, 1))
+        a, b = (diffusion.noise_images(x_0, t, seeded_generator(seed, t, i))[0] for i in (0, 1))
         for what, other in (("one image", b), ("two images", b.roll(1, 0))):
-            row = {"of": what, "snr": diffusion.snr[t], "pixels": (a - other).square().mean().sqrt()}
+            rows.append({"of": what, "snr": diffusion.snr[t], "pixels": (a - other).square().mean().sqrt()})
             if features:
-                row["features"] = (features(a) - features(other)).square().mean().sqrt()
-            rows.append(row)
+                rows[-1]["features"] = (features(a) - features(other)).square().mean().sqrt()
     return rows
 
 
-NOISE = "image images show levels snr samplers sample_steps draws classifier batch_size"
+NOISE = "image images show levels snr samplers sample_steps draws no_clip keep_eps classifier batch_size"
 BOUND = "autoencoder, no noise"  # the same at every level
+KEEPING_EPS = {"ddim, eps kept": ddim_keeping_eps}  # by the denoiser without clipping
 
 
 @study(NOISE, 1, 1, samplers=["ddim", "pndm", "ddpm"])
@@ -337,21 +364,23 @@ def noise(settings: Settings, model: Model) -> Result:
     what its autoencoder loses by itself, without any noise, stands beside that and bounds it.
     """
     diffusion, evaluator, space = model.diffusion, load_evaluator(settings.classifier, model), model.space
-    model.note_condition()
     by_snr = settings.snr and nearest_times(diffusion, torch.tensor(settings.snr).double()).tolist()
-    levels = chosen_levels(by_snr or settings.levels, (50, 150, *range(300, 901, 150), 1000), diffusion.T)
-    x = chosen_images(settings, model.config, settings.images)  # (B, C, H, W)
+    levels = chosen_levels(by_snr or settings.levels or stage_levels(diffusion), (), diffusion.T)
+    x, y = chosen_images(settings, model.config)  # (B, C, H, W)
     x_0 = space.encode(x.to(model.device)).cpu()  # the same, or their latents (B, c, h, w)
     L, B = len(levels), len(x)
     mean = 0.0 if settings.image or B == 1 else x.mean(0)  # what all of them share; else mid-gray
     labels = evaluator and evaluator.p(x).argmax(1)
     draws = {sampler: settings.draws if sampler == "ddpm" else 1 for sampler in settings.samplers}
+    draws |= dict.fromkeys(KEEPING_EPS, 1) if settings.keep_eps else {}
+    if settings.keep_eps and (settings.no_clip or space.factor > 1):
+        raise UserError("--keep-eps is for x_0 that are clipped, and none are here: leave it out")
     # Start: one x_t for each level and image, the same for all reconstructions
     generators = [seeded_generator(settings.seed, level, i) for level in levels for i in range(B)]
     t = torch.tensor(levels).repeat_interleave(B)  # (L B,)
     x_t = diffusion.noise_images(x_0.repeat(L, 1, 1, 1), t, generators)[0].unflatten(0, (L, B))  # eq. 4
     # End
-    found, rows = reconstructions(model, x_t, levels, draws, settings), []
+    found, rows = reconstructions(model, x_t, y, levels, draws, settings), []
     if space.factor > 1:
         found[BOUND] = space.decode(x_0).clamp(-1, 1).expand(L, 1, *x.shape)
     for name, made in found.items():
@@ -367,23 +396,25 @@ def noise(settings: Settings, model: Model) -> Result:
             rows.append(row)
     features = evaluator and (lambda x_t: evaluator.features(space.decode(x_t)))
     far = two_noisings(diffusion, x_0, settings.seed, features) if B > 1 else []
-    keys = dict.fromkeys(key for row in rows for key in row)
-    keys = [key for key in keys if key not in ("reconstruction", "t", "snr", "mse of their mean")]
-    panels = [over_snr(key, key, curves(rows, "reconstruction", "snr", key), "x") for key in keys]
+    keys = dict.fromkeys(key for row in rows for key in [*row][3:] if key != "mse of their mean")  # measures
+    panels = [over_snr(key, key, curves(rows, "reconstruction", "snr", key), "x", 0) for key in keys]
     for title, of in (("distance of two noisings", "pixels"), ("the same to the classifier", "features")):
         panels.append(over_snr(title, f"rms of {of}", curves(far, "of", "snr", of), "x"))
-    grids = noise_grids({"x_t": space.decode(x_t)[:, None], **found}, x[: settings.show], diffusion, levels)
+    shown = {"x_t": space.decode(x_t)[:, None], **found}  # (L, K, B, C, H, W) each
+    grids = noise_grids(shown, x[: settings.show], diffusion, levels)
     energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     drawn = f", {draws['ddpm']} draws of each by ddpm" if "ddpm" in draws else ""
     shares = ", ".join(f"{band} {share:.0%}" for band, share in energy)
     notes = [f"over {B} images{drawn}; mse, psnr{', spread' if drawn else ''}: of images in [0, 1]"]
+    notes += ["x_0 is not clipped"] * settings.no_clip + model.note_condition(y)
     notes += [f"kept: the share of x_0's energy, counted from {zero}: {shares}. low: to 0.125 cycles a"]
     notes += ["pixel, middle: to 0.25" + ("; luma: of Y, chroma: of Cb and Cr" if x.shape[1] == 3 else "")]
     if BOUND in found:
         where_lost(rows, list(found)[1], panels, notes)
         rows = [row for row in rows if row["reconstruction"] != BOUND or row["t"] == levels[-1]]
-    return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
+    images = {f"{way}, t = {t}": x[i, 0] for way, x in shown.items() for i, t in enumerate(levels)}
+    return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes, images)
 
 
 def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> None:
@@ -393,7 +424,7 @@ def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> Non
     for t, snr in {row["t"]: row["snr"] for row in rows}.items():
         shares = 1 - kept[BOUND, t], kept[BOUND, t] - kept[way, t]
         lost += [{"in": name, "snr": snr, "share": share} for name, share in zip(names, shares, strict=True)]
-    panels.append(over_snr("high frequencies lost", "share", curves(lost, "in", "snr", "share"), "x"))
+    panels.append(over_snr("high frequencies lost", "share", curves(lost, "in", "snr", "share"), "x", 0))
     besides = ", ".join(f"{row['share']:.0%} at SNR {row['snr']:.2g}" for row in lost[1::2])
     notes.append(f"high frequencies lost: {lost[0]['share']:.0%} {names[0]}; {names[1]}, {besides}")
 
@@ -425,9 +456,8 @@ def schedules(settings: Settings) -> Result:
     for name in settings.schedules:
         diffusion = Diffusion(T, name)
         alpha_bar, snr = diffusion.alpha_bar[1:], diffusion.snr[1:]  # (T,)
-        beta = 1 - alpha_bar / diffusion.alpha_bar[:-1]  # DDPM, eq. 4, backwards
         half_gone = (alpha_bar.sqrt() > 0.5).sum().item() + 1  # of a standardised x_0, corr(x_t, x_0)
-        for quantity, values in (("beta", beta), ("alpha_bar", alpha_bar), ("SNR", snr)):
+        for quantity, values in (("beta", diffusion.beta), ("alpha_bar", alpha_bar), ("SNR", snr)):
             found[quantity][name] = (range(1, T + 1), values.tolist())
         row = {"schedule": name, "steps with SNR > 1": (snr > 1).sum().item()}
         row |= {"steps with SNR > 0.01": (snr > 0.01).sum().item(), "alpha_bar_T": alpha_bar[-1]}
@@ -438,12 +468,6 @@ def schedules(settings: Settings) -> Result:
 
 
 # 3. The forward process ------------------------------------------------------------------------------------
-def standardised(x: Tensor) -> Tensor:
-    """Mean 0 and variance 1 in each coordinate of points (N, D, 1, 1), or over all values of images."""
-    dims = 0 if x.shape[-1] == 1 else (0, 1, 2, 3)
-    return (x - x.mean(dims, keepdim=True)) / x.std(dims, keepdim=True, correction=0)
-
-
 def swiss_roll(count: int, generator: torch.Generator, noise: float = 0.0) -> Tensor:
     """Points of a spiral of one and a half turns, standardised; (N, 2, 1, 1)."""
     angle = 1.5 * math.pi * (1 + 2 * torch.rand(count, generator=generator))
@@ -467,19 +491,6 @@ def cloud_picture(points: Tensor, size: int = 72, reach: float = 3.5) -> Tensor:
     return 1 - 2 * torch.from_numpy(counts).clamp(max=1).float()[None, None]
 
 
-def neighbours_kept(x_t: Tensor, x_0: Tensor, k: int = 10) -> float:
-    """The share of each point's k nearest neighbours in x_0 that are among them in x_t; (N, 2, 1, 1) each."""
-    x_0, x_t = x_0.double().flatten(1), x_t.double().flatten(1)
-    before, after = (torch.cdist(x, x).topk(k + 1, largest=False).indices[:, 1:] for x in (x_0, x_t))
-    return (before[:, :, None] == after[:, None, :]).any(2).double().mean().item()
-
-
-def correlation(x_t: Tensor, x_0: Tensor) -> float:
-    """Pearson's correlation of the values of x_t with those of x_0, mean over images (B, C, H, W)."""
-    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (x_t, x_0))
-    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean().item()
-
-
 def half_life(t: Sequence[int], values: Sequence[float]) -> float:
     """The t at which values that fall from 1 at t = 0 reach one half, linear between times; inf if never."""
     for (t_0, high), (t_1, low) in pairwise([(0, 1.0), *zip(t, values, strict=True)]):
@@ -495,7 +506,7 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
     many = standardised(x_0.repeat(math.ceil(50000 / x_0.numel()), 1, 1, 1))  # enough to measure a variance
 
     def noised(x: Tensor, t: int, number: int = 1) -> Tensor:
-        return diffusion.noise_images(x, torch.full((len(x),), t), seeded_generator(seed, number))[0]
+        return diffusion.noise_images(x, t, seeded_generator(seed, number))[0]
 
     # Start: what the forward process leaves
     # (a) points, and the share of their neighbours that stay
@@ -503,38 +514,49 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
     kept = [np.mean([neighbours_kept(noised(x, t), x) for x in clouds.values()]) for t in times]
     # (b) the image, and for one t its parts: DDPM, eq. 4: x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps
     rows["an image"] = [x_0[:1], *(noised(x_0, t)[:1] for t in shown)]
-    signal, x_t = diffusion.scales(torch.tensor([t_parts]), x_0)[0] * x_0[:1], noised(x_0, t_parts)[:1]
+    signal, x_t = diffusion.scales(t_parts, x_0)[0] * x_0[:1], noised(x_0, t_parts)[:1]
     rows["parts"] = [signal, x_t - signal, x_t]
-    alike = [correlation(noised(x_0, t), x_0) for t in times]
-    # (c) the variance at every t, of standardised x_0: 1 if the process preserves it
-    variance = [noised(many, t, number=1 + t).var().item() for t in range(1, T + 1)]
+    alike = [correlation(noised(many, t), many) for t in times]  # sqrt(ab), as they are standardised
+    # (c) the variance at every t, of standardised x_0: 1 if the process preserves it, and 1 + sum beta
+    # for x_0 + sqrt(sum beta) eps, a process that adds the same noise and does not scale the mean
+    variance, unscaled = [], []
+    for t in range(1, T + 1):
+        x_t, eps = diffusion.noise_images(many, t, seeded_generator(seed, 1 + t))
+        variance.append(x_t.var().item())
+        unscaled.append((many + diffusion.beta[:t].sum().sqrt() * eps).var().item())
     # End
-    return rows, {"points": (times, kept), "image": (times, alike), "variance": (range(1, T + 1), variance)}
+    left = {"points": (times, kept), "image": (times, alike)}
+    return rows, left | {"variance": (range(1, T + 1), variance), "unscaled": (range(1, T + 1), unscaled)}
 
 
 @study("schedules noise_steps image dataset image_size at")
 def forward(settings: Settings) -> Result:
-    """Points and an image under the forward process of every schedule: how long structure survives.
+    """Every schedule's betas, and points and an image under its forward process: how long structure survives.
 
     A row is a schedule, time runs to the right: what can be recognised there can be learned there. If
-    x_0 has variance 1, so has x_t under every schedule: the network sees one size at all times.
+    x_0 has variance 1, so has x_t under every schedule: the network sees one size at all times. If the mean
+    were not scaled down while noise is added, the variance would grow to 1 plus the sum of the betas.
     """
-    T, names, x_0 = settings.noise_steps, settings.schedules, chosen_images(settings)
+    T, names, (x_0, _) = settings.noise_steps, settings.schedules, chosen_images(settings)
     if (x_0.std((2, 3)).amax(1) == 0).any():
         raise UserError("the image is of a single colour: there is no structure to follow")
     shown = sorted({at(t, T) for t in (20, 100, 250, 500, 750, 1000)})
     t_parts, rows = at(settings.at, T), []
     found = {name: what_is_left(Diffusion(T, name), x_0, shown, t_parts, settings.seed) for name in names}
+    of_schedules = schedules(settings)
+    landmarks = {row["schedule"]: row for row in of_schedules.rows}
     for name, (_, left) in found.items():
-        (times, kept), (_, alike), (_, variance) = left.values()
+        (times, kept), (_, alike), (_, variance), (_, unscaled) = left.values()
         row = {"points half-life": half_life(times, kept), "image half-life": half_life(times, alike)}
         row |= {"mean neighbours kept": np.mean(kept), "mean correlation": np.mean(alike)}
-        row["variance, largest error"] = max(abs(v - 1) for v in variance)
-        rows.append({"schedule": name} | row)
-    for what, tie in (("points", "mean neighbours kept"), ("image", "mean correlation")):
-        longest_first = sorted(rows, key=lambda row: (-row[f"{what} half-life"], -row[tie]))
-        for rank, row in enumerate(longest_first, start=1):
-            row[f"rank by {what}"] = rank
+        row |= {"variance, largest error": max(abs(v - 1) for v in variance), "mean not scaled": unscaled[-1]}
+        rows.append(landmarks[name] | row)
+    order = {"rank by points": lambda row: (row["points half-life"], row["mean neighbours kept"])}
+    order["rank by image"] = lambda row: (row["image half-life"], row["mean correlation"])
+    order["rank"] = lambda row: -row["rank by points"] - row["rank by image"]
+    for which, key in order.items():
+        for rank, row in enumerate(sorted(rows, key=key, reverse=True), start=1):
+            row[which] = rank
     grids, heads = [], ["x_0", *(f"t = {t}" for t in shown)]
     captions = {what: (f"{what}, by schedule and time", heads) for what in (*CLOUDS, "an image")}
     captions["parts"] = (f"parts of x_t, t = {t_parts}", ["signal", "noise", "sum: x_t"])
@@ -544,10 +566,16 @@ def forward(settings: Settings) -> Result:
     lines = {key: {name: left[key] for name, (_, left) in found.items()} for key in left}
     chart = [Panel("points: nearest neighbours kept", "t", "share of 10", lines["points"])]
     chart += [Panel("image: correlation with x_0", "t", "correlation", lines["image"])]
-    chart += [Panel("variance of x_t, x_0 standardised", "t", "variance", lines["variance"])]
-    notes = ["half-life: the t at which the measure has fallen to one half. Points: the share of a point's"]
-    notes += [f"10 nearest in x_0 that still are, mean of {' and '.join(CLOUDS)}; image: its correlation"]
-    return Result([*pairs(grids), Chart(chart)], rows, notes=notes)
+    chart += [Panel("variance of x_t, x_0 standardised", "t", "variance", lines["variance"], y_range=(0, 2))]
+    chart += [Panel("variance where the mean is not scaled", "t", "variance", lines["unscaled"])]
+    notes = ["half-life: t where a measure is down to one half. Points: the share of 10 nearest points kept,"]
+    notes += [f"mean of {' and '.join(CLOUDS)}; image: correlation with x_0, standardised. rank: by both"]
+    apart = [row for row in rows if abs(row["rank by points"] - row["rank by image"]) > 2]
+    differ = "; ".join("{schedule} {rank by points} and {rank by image}".format_map(row) for row in apart)
+    trust = "trust points for fine detail, which little noise hides, and the image for its layout"
+    notes += [f"ranks by points and by image differ: {differ}: {trust}"] if apart else []
+    figure = [*of_schedules.figure, *pairs(grids), Chart(chart, 4)]
+    return Result(figure, rows, notes=[*notes, *of_schedules.notes])
 
 
 # 4. Weights ------------------------------------------------------------------------------------------------
@@ -556,9 +584,8 @@ def ho_weights(diffusion: Diffusion) -> Tensor:
 
     DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022).
     """
-    alpha_bar = diffusion.alpha_bar
-    beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
-    return (1 - beta) * (1 - alpha_bar[1:]) / beta
+    beta, alpha_bar = diffusion.beta, diffusion.alpha_bar[1:]  # (T,)
+    return (1 - beta) * (1 - alpha_bar) / beta
 
 
 def continuous_weights(diffusion: Diffusion) -> Tensor:
@@ -566,12 +593,13 @@ def continuous_weights(diffusion: Diffusion) -> Tensor:
     return diffusion.snr[1:] / (diffusion.snr[:-1] - diffusion.snr[1:])
 
 
-@study("schedules noise_steps k", schedules=["linear", "cosine"])
+@study("schedules noise_steps k gammas", schedules=["linear", "cosine"])
 def weights(settings: Settings) -> Result:
     """Each weighting as a weight of the VLB's terms and of the error of eps, over SNR and by stage.
 
     Noise grows to the right, from the clean-up through the content to the coarse stage. L_simple already
-    takes weight from the clean-up, on which the VLB spends much, and P2 takes more.
+    takes weight from the clean-up, on which the VLB spends much, and P2 takes more: its normalised weights
+    have a hump in the content stage. With a gamma of 2 so little is left for the clean-up that noise stays.
     """
     panels, rows = [], []
     for schedule in settings.schedules:
@@ -579,23 +607,26 @@ def weights(settings: Settings) -> Result:
         diffusion = Diffusion(settings.noise_steps, schedule)
         snr, ho = diffusion.snr[1:], ho_weights(diffusion)  # (T,)
         # lambda' = lambda / (k + SNR)^gamma (P2, Choi et al. 2022); gamma = 0 is L_simple
-        of_vlb = {f"P2, gamma {gamma:g}": ho * p2(snr, gamma, settings.k) for gamma in (0.0, 0.5, 1.0)}
+        of_vlb = {f"P2, gamma {gamma:g}": ho * p2(snr, gamma, settings.k) for gamma in settings.gammas}
         of_vlb = {"VLB": torch.ones_like(snr), **of_vlb}
         # the same as w(snr), the weight of the squared error of eps: divided by lambda of Ho et al.
         of_eps = {name: weight / ho for name, weight in of_vlb.items()}
         others = {"min-SNR": "min_snr", "MSE of x_0": "x_0", "MSE of v": "v"}
         of_eps |= {name: WEIGHTINGS[key](snr) for name, key in others.items()}
         # End
-        charts = {"lambda": {"Ho et al.": ho, "continuous, -SNR / SNR'": continuous_weights(diffusion)}}
-        charts["weight of the VLB's terms"] = of_vlb
-        charts["the same, normalised"] = {name: weight / weight.sum() for name, weight in of_vlb.items()}
-        charts["weight of the error of eps"] = of_eps
-        for title, weightings in charts.items():
+        both = {"Ho et al.": ho, "continuous, -SNR / SNR'": continuous_weights(diffusion)}
+        over_t = {name: (range(1, diffusion.T + 1), weight.tolist()) for name, weight in both.items()}
+        panels.append(Panel(f"{schedule}: lambda", "t", "weight", over_t, "y"))
+        normalised = {name: weight / weight.sum() for name, weight in of_vlb.items()}
+        shown = {"weight of the VLB's terms": (of_vlb, "xy"), "the same, normalised": (normalised, "x")}
+        shown["weight of the error of eps"] = of_eps, "xy"
+        for title, (weightings, log) in shown.items():
             lines = {name: (snr[w > 0].tolist(), w[w > 0].tolist()) for name, w in weightings.items()}
-            panels.append(over_snr(f"{schedule}: {title}", "weight", lines))
+            panels.append(over_snr(f"{schedule}: {title}", "weight", lines, log, 1e-8))
         for kind, weightings in (("VLB's terms", of_vlb), ("error of eps", of_eps)):
             for name, weight in weightings.items():
                 row = {"schedule": schedule, "weight of": kind, "weighting": name}
+                row |= {"peak of a sum of 1": weight.max() / weight.sum(), "at SNR": snr[weight.argmax()]}
                 for stage, (low, high) in STAGES.items():
                     row[f"share of {stage}"] = weight[(low <= snr) & (snr < high)].sum() / weight.sum()
                 rows.append(row)
@@ -603,34 +634,24 @@ def weights(settings: Settings) -> Result:
 
 
 # 5. Denoising ----------------------------------------------------------------------------------------------
-def best_blur(x: Tensor, x_0: Tensor) -> tuple[Tensor, int, float]:
-    """x (B, C, H, W) under the Gaussian blur that brings it nearest to x_0, its kernel's width and sigma."""
-    size, tried = min(x.shape[-2:]), []
-    for sigma in np.geomspace(0.3, size / 6, 24).tolist():
-        width = min(2 * math.ceil(3 * sigma) + 1, size - 1 + size % 2)  # odd, not wider than the image
-        blurred = gaussian_blur(gaussian_blur(x, [width, 1], [sigma, sigma]), [1, width], [sigma, sigma])
-        tried.append(((blurred - x_0).square().mean().item(), blurred, width, sigma))
-    return min(tried, key=lambda one: one[0])[1:]
-
-
-def denoised(diffusion: Diffusion, models: Sequence[Model], x_0: Tensor, t: int, settings: Settings):
-    """x_0 (B, C, H, W) noised to t, and denoised: {way: (B, C, H, W)}; and the kernel of the best blur."""
+def denoised(diffusion: Diffusion, models: Sequence[Model], x_0: Tensor, y, t: int, settings: Settings):
+    """x_0 (B, C, H, W) noised to t, and denoised: {way: (B, C, H, W)}; and x_t on the iterative way, by t."""
     # Start: denoising (CS180, project 5)
     generators = [seeded_generator(settings.seed, t, i) for i in range(len(x_0))]
-    times = torch.full((len(x_0),), t)
-    x_t, _ = diffusion.noise_images(x_0, times, generators)  # A 1.1
-    noisy = x_t / diffusion.scales(times, x_t)[0]  # x_0 + noise, which a blur can bring back to x_0
-    blurred, width, sigma = best_blur(noisy, x_0)  # A 1.2
-    ways = {"noisy": noisy, "best blur": blurred}
+    x_t, _ = diffusion.noise_images(x_0, t, generators)  # A 1.1
+    noisy, kept = x_t / diffusion.scales(t, x_t)[0], {}  # x_0 + noise, which a blur can bring back to x_0
+    sigmas = [x_0.shape[-1] / share for share in (32, 16, 8)]  # A 1.2: kernels by the size alone
+    ways = {"x_t": x_t, "noisy": noisy} | {f"blur {sigma:g}": low_pass(noisy, sigma) for sigma in sigmas}
     for model in models:
-        x, times = x_t.to(model.device), times.to(model.device)
+        x, times = x_t.to(model.device), torch.full((len(x_t),), t, device=model.device)
         down = [t, *(s for s in ddpm.strided_timesteps(diffusion.T) if s < t)]  # A 1.4: strides of 30
         with progress(f"denoising from t = {t}", unit="evaluation") as bar:
-            eps_theta = in_batches(model.eps_theta(), settings.batch_size, bar)
+            eps_theta = in_batches(model, y, settings.batch_size, bar)
             ways["one step"] = diffusion.x_0_from_eps(x, eps_theta(x, times), times).cpu()  # A 1.3
-            ways["iterative"] = ddpm.ddpm(diffusion, eps_theta, x, down, generators).cpu()
+            watched = Watched(eps_theta, diffusion.T, keep=down[::5])
+            ways["iterative"], kept = ddpm.ddpm(diffusion, watched, x, down, generators).cpu(), watched.kept
     # End
-    return ways, {"kernel": width, "kernel sigma": sigma}
+    return ways, kept
 
 
 @study("image images dataset image_size levels schedule batch_size", 0, 2, (*DIFFUSION, "denoiser"))
@@ -638,57 +659,72 @@ def denoise(settings: Settings, *models: Model) -> Result:
     """Blur, one step and many steps of a network, and a denoiser of one noise level (CS180, A 1 and B 1).
 
     A blur trades noise for detail; one step of the network gives the mean of all images that fit, many steps
-    give one of them. That one is sharper and farther from x_0: PSNR prefers the mean.
+    give one of them. That one is sharper and farther from x_0: PSNR prefers the mean. The number after "blur"
+    is its sigma in pixels.
     """
     denoisers = [model for model in models if model.config["kind"] == "denoiser"]
     networks = [model for model in models if model.config["kind"] != "denoiser"]
     if len(denoisers) > 1 or len(networks) > 1:
         raise UserError("denoise takes a diffusion run, a run of --task denoiser, or one of each")
     same_data(models)
-    diffusion, first = Diffusion(1000, settings.schedule or "linear"), next(iter(networks + denoisers), None)
-    for model in networks:
-        model.note_condition()
-        diffusion = model.diffusion
-        if settings.schedule:
-            raise UserError("--schedule comes from the run: leave it out")
-    x, pictures, labels, rows = chosen_images(settings, first and first.config, settings.images), [], [], []
+    first, pictures, labels, rows = next(iter(networks + denoisers), None), [], [], []
+    diffusion = networks[0].diffusion if networks else Diffusion(1000, settings.schedule or "linear")
+    x, y = chosen_images(settings, first and first.config)
+    notes = [line for model in networks for line in model.note_condition(y)]
     x_0 = first.space.encode(x).cpu() if first else x
     for t in reversed(chosen_levels(settings.levels, (250, 500, 750), diffusion.T)):
-        ways, kernel = denoised(diffusion, networks, x_0, t, settings)
+        ways, _ = denoised(diffusion, networks, x_0, y, t, settings)
         ways = {name: first.space.decode(made) for name, made in ways.items()} if first else ways
         values = {name: psnr(made, x).mean().item() for name, made in ways.items()}
+        best = max((name for name in ways if name.startswith("blur")), key=values.get)
         for name, value in values.items():
             row = {"noise": f"t = {t}", "snr": diffusion.snr[t], "denoised by": name, "psnr": value}
-            rows.append(row | (kernel if name == "best blur" else {}))
+            rows.append(row | ({"best": "of the blurs"} if name == best else {}))
         pictures += [one[:1] for one in (x, *ways.values())]
-        reached = ", ".join(f"{name} {value:.1f}" for name, value in values.items())
-        labels.append(f"{snr_label(diffusion, t)}: PSNR {reached}")
-    caption = f"x_t / sqrt(alpha_bar) and what is made of it; PSNR in dB over {len(x)} images"
+        in_dB = " ".join(f"{value:.1f}" for value in values.values())
+        labels.append(f"{snr_label(diffusion, t)}\n{in_dB}\nbest: {best}")
+    caption = f"x_t, noisy: x_t / sqrt(alpha_bar), and what is made of it; PSNR in dB over {len(x)} images"
     figure: list = [make_grid(torch.cat(pictures), caption, len(ways) + 1, labels, ["x_0", *ways])]
+    for model in networks:  # A 1.4
+        ways, kept = denoised(diffusion, networks, x_0, y, at(990, diffusion.T), settings)
+        shown = {f"t = {t}": x for t, x in kept.items()} | {k: ways[k] for k in ("iterative", "one step")}
+        shown["blurred"] = low_pass(ways["x_t"], x_0.shape[-1] / 8)
+        cells = torch.cat([model.space.decode(x[:1]) for x in shown.values()])
+        figure.append(make_grid(cells, "after each fifth stride", len(shown), heads=[*shown]))
     for model in denoisers:
         seen, of_denoiser = one_level(model)
         by_epoch = curves(of_denoiser, "denoised by", "sigma", "psnr")
         title = f"a denoiser trained at sigma {model.config['sigma']:g}"
-        figure += [*seen, Chart([Panel(title, "sigma, images in [0, 1]", "PSNR in dB", by_epoch)])]
+        panels = [Panel(title, "sigma, images in [0, 1]", "PSNR in dB", by_epoch)]
+        loss = curves(charts.training_log(model), "run", "epoch", "loss")
+        figure += [*seen, Chart([*panels, Panel("training loss", "epoch", "loss", loss)])]
         rows += of_denoiser
-    return Result(figure, rows, first.folder if first else Result.folder)
+    return Result(figure, rows, first.folder if first else Result.folder, notes)
 
 
 def one_level(model: Model) -> tuple[list[Image.Image], list[dict]]:
-    """Grids and PSNRs of a run of --task denoiser, after epochs 1 and 5, or else the first and the last."""
+    """Pictures and PSNRs of a run of --task denoiser after epochs 1 and 5, or else the first and the last."""
     header, *lines = read_csv(model.folder / "psnr.csv") or [[]]
     if not lines:
         raise UserError(f"{model.folder / 'psnr.csv'} is missing: the run has had no epoch yet, or is a copy")
     lines = [dict(zip(header, map(float, line), strict=True)) for line in lines]
     epochs = sorted({int(line["epoch"]) for line in lines})
     epochs = [1, 5] if {1, 5} <= set(epochs) else sorted({epochs[0], epochs[-1]})
-    ways = {f"one step, epoch {epoch}": (epoch, "denoised") for epoch in epochs}
-    rows, pictures = [], [model.folder / "samples" / f"epoch_{epoch:04d}.png" for epoch in epochs]
+    ways, rows = {f"one step, epoch {epoch}": (epoch, "denoised") for epoch in epochs}, []
     for way, (epoch, key) in (ways | {"noisy": (epochs[-1], "noisy")}).items():  # noisy at every epoch
         for line in (line for line in lines if line["epoch"] == epoch):
             row = {"noise": f"sigma = {line['sigma']:g}", "sigma": line["sigma"], "denoised by": way}
             rows.append(row | {"psnr": line[key] if math.isfinite(line[key]) else None})
-    return [Image.open(path, formats=["PNG"]).convert("RGB") for path in pictures if path.is_file()], rows
+    files = [model.folder / f"epoch_{epoch:04d}.pt" for epoch in epochs]
+    if not all(file.is_file() for file in files):  # a copy, or a run of an older version
+        return [], rows
+    # (sigmas, 2 images, C, H, W): noisy and denoised ones in turn; those of sigma = 0 are clean
+    seen = [read_pickle(file, "train it again") for file in files]
+    level = np.abs(np.array(ddpm.SIGMAS) - model.config["sigma"]).argmin()
+    columns = {"clean": seen[0][0, ::2], "noisy": seen[0][level, ::2]}
+    columns |= {f"epoch {epoch}": x[level, 1::2] for epoch, x in zip(epochs, seen, strict=True)}
+    cells, caption = torch.stack([*columns.values()], 1).flatten(0, 1), f"at sigma {ddpm.SIGMAS[level]:g}"
+    return [make_grid(cells, caption, len(columns), heads=[*columns])], rows
 
 
 # 6. Samplers, and other schedules at inference -------------------------------------------------------------
@@ -727,8 +763,9 @@ def samplers(settings: Settings, model: Model) -> Result:
     DDPM adds noise on the way and ends elsewhere, so for it only the quality counts.
     """
     evaluator, few = load_evaluator(settings.classifier, model), 8  # images that are compared one by one
-    T, trained, plain = model.diffusion.T, model.config["schedule"], model.diffusion.denoiser(model.net)
-    model.note_condition()
+    T, trained, y = model.diffusion.T, model.config["schedule"], None
+    if model.config["kind"] == "ddpm_conditional":
+        _, y = conditions(model.path, model.config, ConditionSettings())
     if evaluator:
         n, half, others = real_features(model, evaluator, settings)
     elif settings.samples or settings.full:
@@ -736,15 +773,20 @@ def samplers(settings: Settings, model: Model) -> Result:
 
     def draw(sampler: str, schedule: str, steps: int, numbers: range) -> tuple[Tensor, int]:
         diffusion = Diffusion(T, schedule)
-        eps_theta = plain if schedule == trained else on_schedule(model.diffusion, diffusion, plain)
-        clipped = model.clipped(eps_theta, diffusion)
-        return draw_samples(model, numbers, SAMPLERS[sampler], steps, settings, lambda _: clipped, diffusion)
+
+        def denoiser_of(numbers: Tensor):
+            of = None if y is None else y[numbers % len(y)].to(model.device)  # the conditions in turn
+            plain = model.diffusion.denoiser(model.net, of)
+            eps_theta = plain if schedule == trained else on_schedule(model.diffusion, diffusion, plain)
+            return model.clipped(eps_theta, diffusion)
+
+        return draw_samples(model, numbers, SAMPLERS[sampler], steps, settings, denoiser_of, diffusion)
 
     counts = sorted({min(steps, T) for steps in (5, 10, 20, 50, 100, 250, T)})
     jobs = [(sampler, trained, steps) for sampler in settings.samplers for steps in counts]
     jobs += [("ddim", schedule, min(20, T)) for schedule in settings.schedules if schedule != trained]
     end_point, _ = draw("ddim", trained, T, range(few))  # of the probability flow
-    rows, pictures = [], {}
+    rows, pictures, panels = [], {}, []
     for sampler, schedule, steps in jobs:
         started = time.perf_counter()
         x, evaluations = draw(sampler, schedule, steps, range(few))
@@ -759,28 +801,26 @@ def samplers(settings: Settings, model: Model) -> Result:
     rows += [{"sampler": "real images", "n": n, **quality(others, half)}] if evaluator else []
     notes = [f"distance: rms per pixel of [0, 1], {few} images, to ddim with {T} steps from the same noise"]
     notes += [f"spacing of the strides: {settings.spacing or 'by schedule'}"]
-    return Result(samplers_figure(model, pictures, rows, counts), rows, model.folder, notes)
-
-
-def samplers_figure(model: Model, pictures: dict, rows: Sequence[dict], counts: Sequence[int]) -> list:
-    """Grids of {(sampler, schedule, steps): (2, C, H, W)}, and each measure over the evaluations."""
-    trained, panels, drawn = model.config["schedule"], [], list(dict.fromkeys(row["sampler"] for row in rows))
-    own = [pictures[key] for key in pictures if key[1] == trained]
-    others = {schedule: x for (_, schedule, _), x in pictures.items() if schedule != trained}
-    caption, heads = f"{model.path}: two starting noises, the same for all", [f"{n} steps" for n in counts]
-    grids = [make_grid(torch.cat(own), caption, 2 * len(counts), drawn[: len(own) // len(counts)], heads)]
-    if others:
-        caption = f"trained on {trained}, sampled on another schedule, ddim {min(20, counts[-1])} steps"
-        grids.append(make_grid(torch.cat([*others.values()]), caption, 2 * len(others), heads=[*others]))
+    notes += ["the run is conditional: it gets its classes or example captions in turn"] * (y is not None)
+    own = [x for (_, schedule, _), x in pictures.items() if schedule == trained]
+    foreign = {schedule: x for (_, schedule, _), x in pictures.items() if schedule != trained}
+    drawn, heads = list(dict.fromkeys(settings.samplers)), [f"{n} steps" for n in counts]
+    caption = f"{model.path}: two starting noises, the same for all"
+    grids = [make_grid(torch.cat(own), caption, 2 * len(counts), drawn, heads)]
+    if foreign:
+        caption = f"trained on {trained}, sampled on another schedule, ddim {min(20, T)} steps"
+        grids.append(make_grid(torch.cat([*foreign.values()]), caption, 2 * len(foreign), heads=[*foreign]))
     for what in ("distance to DDIM's end point", "frechet", "ms per image"):
         seen = [row for row in rows if row.get("schedule") == trained and row.get(what) != 0]  # log 0
         panels.append(Panel(what, "evaluations", what, curves(seen, "sampler", "evaluations", what), "xy"))
-    return [*grids, Chart(panels)]
+    return Result([*grids, Chart(panels)], rows, model.folder, notes)
 
 
 # 7. Guidance -----------------------------------------------------------------------------------------------
 SCALES = [0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 15.0]
-GUIDANCE = "guidance_scale labels prompt per_label classifier guide sampler sample_steps batch_size"
+STRONG = (("sharper", "sharpness", 1), ("less diverse", "diversity", -1), ("saturated", "saturation", 1))
+WEAK = (("blurry", "sharpness", -1), ("random", "accuracy", -1))  # a claim, its measure, where that goes
+GUIDANCE = "guidance_scale labels prompt per_label show batches classifier guide sampler sample_steps"
 
 
 def real_of_labels(data: Data, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -811,7 +851,7 @@ def guides(settings: Settings, model: Model) -> dict[str, Callable]:
     return found
 
 
-@study(GUIDANCE, 1, 1, guidance_scale=SCALES, sample_steps=20)
+@study(f"{GUIDANCE} batch_size", 1, 1, guidance_scale=SCALES, sample_steps=20, show=1)
 def guidance(settings: Settings, model: Model) -> Result:
     """Scales of classifier-free and of classifier guidance: pictures, accuracy, diversity, saturation.
 
@@ -827,7 +867,8 @@ def guidance(settings: Settings, model: Model) -> Result:
     if not (settings.labels or settings.prompt) and len(names) > 10:  # ten of many, evenly spaced
         few = torch.linspace(0, len(names) - 1, 10).round().long()
         names, y = [names[k] for k in few], y[few]
-    R, n, enough = len(names), len(names) * settings.per_label, False
+    many = settings.batches * settings.show  # images of a condition in the figure
+    R, n, enough = len(names), len(names) * max(settings.per_label, many), False
     of, steps = torch.arange(n) % R, min(settings.sample_steps, model.diffusion.T)  # i is of names[i % R]
     if evaluator:
         data = real_data(model.config, settings, labelled=True)
@@ -840,25 +881,31 @@ def guidance(settings: Settings, model: Model) -> Result:
             row["accuracy"] = evaluator.agreement(x, labels)
         if settings.per_label > 1:
             row["diversity"] = measures.diversity(x, labels if y.ndim == 1 else of)  # a caption by its number
-        row["saturation"] = measures.saturation(x)
+        row |= {"sharpness": measures.energy_bands(x)[:, 2].mean(), "contrast": x.std((1, 2, 3)).mean() / 2}
+        if x.shape[1] == 3:  # gray digits are black and white by nature
+            row["saturation"] = measures.saturation(x)
         if enough:
             row["frechet"] = measures.frechet_distance(evaluator.features(x), half)
         return row
 
-    rows, pictures = [], {kind: [] for kind in denoisers}
+    rows, grids, heads = [], [], [f"scale {scale:g}" for scale in scales]
+    batches = [f", batch {b + 1}" * (settings.batches > 1) for b in range(settings.batches)]
+    labels = [name + batch for name, batch in product(names, batches)]
     for kind, guide in denoisers.items():
+        shown = []  # (batches, show, R, C, H, W) for each of S scales
         for scale in scales:
             eps_theta_of = partial(guide, y[of], scale)
             x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, eps_theta_of)
             rows.append(measured(kind, scale, x, y[of]))
-            pictures[kind].append(x[:R])
-    heads, grids = [f"scale {scale:g}" for scale in scales], []
-    for kind, x in pictures.items():
-        caption, cells = f"{kind} guidance, {sampler} {steps} steps; a row has one noise", torch.stack(x, 1)
-        grids.append(make_grid(cells.flatten(0, 1), caption, len(heads), names, heads))
-    keys = [key for key in ("accuracy", "diversity", "saturation", "frechet") if key in rows[0]]
+            shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
+        cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
+        caption = f"{kind} guidance, {sampler} {steps} steps; at all scales the same noise"
+        grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
+    keys = [key for key in rows[0] if key not in ("guidance", "scale", "n")]
     panels = [Panel(key, "scale", key, curves(rows, "guidance", "scale", key)) for key in keys]
-    notes = ["diversity: mean rms distance per pixel of [0, 1] within a condition; saturation: at 0 or 255"]
+    notes = ["diversity: mean rms distance per pixel of [0, 1] within a condition; sharpness: the share of"]
+    notes += ["energy above 0.25 cycles a pixel; contrast: standard deviation; saturation: share at 0 or 255"]
+    notes += claims(rows)
     if evaluator:
         rows.append(measured("real images", None, to_x_0(data.images[second]), data.labels[second]))
         few = f"no Frechet distance: it takes more than {evaluator.dim} images on either side (--per-label)"
@@ -867,15 +914,22 @@ def guidance(settings: Settings, model: Model) -> Result:
     return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
 
 
+def claims(rows: Sequence[dict]) -> list[str]:
+    """What is claimed of scales too high and too low: a line each, on whether it holds beside scale 1."""
+    lines, kinds = [], dict.fromkeys(row["guidance"] for row in rows)
+    for kind, (end, which, claimed) in product(kinds, [(-1, "too strong", STRONG), (0, "too weak", WEAK)]):
+        of = sorted((row for row in rows if row["guidance"] == kind), key=lambda row: row["scale"])
+        row, plain, held = of[end], min(of, key=lambda row: abs(row["scale"] - 1)), []
+        for claim, key, sign in claimed if row is not plain else ():
+            if row.get(key) is not None:
+                answer = "yes" if sign * (row[key] - plain[key]) > 0 else "no"
+                held.append(f"{claim}: {answer} ({key} {plain[key]:.3g} to {row[key]:.3g})")
+        scales = f"scale {row['scale']:g} beside {plain['scale']:g}"
+        lines += [f"{kind}, {scales}, {which}? {', '.join(held)}"] if held else []
+    return lines
+
+
 # 8. Quality in numbers -------------------------------------------------------------------------------------
-def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
-    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; both (n,)"""
-    parts = (to_x_0(part).flatten(1) / 2 for part in cloud.split(4096))  # few are made float at once
-    apart = torch.cat([torch.cdist(x.flatten(1) / 2, part) for part in parts], dim=1) / x[0].numel() ** 0.5
-    # skip = 1 where x is part of the cloud, and each image is its own nearest
-    return tuple(found[:, -1] for found in apart.topk(min(1 + skip, len(cloud)), largest=False))
-
-
 @study("samples guidance_scale classifier sampler sample_steps batch_size", 1, math.inf)
 def evaluate(settings: Settings, *models: Model) -> Result:
     """Frechet distance, precision, recall and accuracy of runs, beside those of real images.
@@ -924,11 +978,15 @@ def evaluate(settings: Settings, *models: Model) -> Result:
     notes = [f"as {path} sees them, trained on most of them; against {len(first)} real, and so is the last"]
     notes += ["row: other real ones. sure: share with some label above 95 %. nearest: rms distance per pixel"]
     notes += ["of [0, 1] to the nearest training image (of a real one, to another one)"]
+    if len(models) > 1:  # 2.d the conditional model beside the unconditional one
+        best = min(rows[:-1], key=lambda row: row["frechet"])
+        notes += [f"nearest to real images: {best['run']}. Classifier-free guidance of scale s samples with"]
+        notes += ["eps_u + s (eps_c - eps_u): to eps_u it adds s times what the label changes"]
     return Result([make_grid(torch.cat(pictures), caption, min(10, n), names)], rows, models[0].folder, notes)
 
 
 # 9. Losses -------------------------------------------------------------------------------------------------
-@study("image images batch_size", 1, math.inf, images=256)
+@study("image images batch_size", 1, math.inf, (*DIFFUSION, "denoiser"), images=256)
 def losses(settings: Settings, *models: Model) -> Result:
     """The error at each noise level, of every run on the same images and noise, and training curves.
 
@@ -936,14 +994,17 @@ def losses(settings: Settings, *models: Model) -> Result:
     in its way: compare only runs of one weighting by them.
     """
     same_data(models)
-    x = chosen_images(settings, models[0].config, settings.images)
-    rows, errors, training, keys = [], [], [], ("mse of eps", "mse of x_0")
-    for model in models:
-        model.note_condition()
+    rows, errors, keys = [], [], ("mse of eps", "mse of x_0")
+    notes = ["on the same images and noise; a stage's mean: of t = 1, 10, 40, 80, ... in it"]
+    networks = [model for model in models if model.config["kind"] != "denoiser"]
+    rows += [{"run": m.path, "prediction": "x_0 at one level"} for m in models if m not in networks]
+    for model in networks:
+        x, y = chosen_images(settings, models[0].config | {"condition": model.config.get("condition")})
+        notes += model.note_condition(y)
         diffusion, of_model, x_0 = model.diffusion, [], model.space.encode(x).cpu()
         levels = sorted({at(t, diffusion.T) for t in (1, 10, *range(40, 1001, 40))})
         with progress(model.path, len(levels) * len(x_0)) as bar:
-            eps_theta = in_batches(diffusion.denoiser(model.net), settings.batch_size, bar)
+            eps_theta = in_batches(model, y, settings.batch_size, bar, clip=False)
             for t in levels:
                 times = torch.full((len(x_0),), t)
                 x_t, eps = diffusion.noise_images(x_0, times, seeded_generator(settings.seed, t))
@@ -957,15 +1018,12 @@ def losses(settings: Settings, *models: Model) -> Result:
             inside = [error for error in of_model if low <= error["snr"] < high]
             means = {key: np.mean([error[key] for error in inside]) for key in keys if inside}
             rows.append(row | {"stage": stage, **means})
-        header, *lines = read_csv(model.folder / "log.csv") or [[]]
-        training += [{"run": model.path, **dict(zip(header, line, strict=False))} for line in lines]
+    by_epoch = curves([row for model in models for row in charts.training_log(model)], "run", "epoch", "loss")
     panels = [over_snr(key, key, curves(errors, "run", "snr", key)) for key in keys]
-    title = "training loss, as each run weights it"
-    panels.append(Panel(title, "epoch", "loss", curves(training, "run", "epoch", "loss"), "y"))
-    if len({model.space.shape for model in models}) > 1:
+    panels.append(Panel("training loss, as each run weights it", "epoch", "loss", by_epoch, "y"))
+    if len({model.space.shape for model in networks}) > 1:
         note("errors of latents and of pixels are not of one unit: do not compare their heights")
-    notes = [f"on {len(x_0)} images and the same noise; a stage's mean: of t = 1, 10, 40, 80, ... in it"]
-    if len({model.config["schedule"] for model in models}) > 1:
+    if len({model.config["schedule"] for model in networks}) > 1:
         notes.append("the schedules differ, and so does the SNR at these t: compare the charts, over SNR")
     return Result([Chart(panels)], rows, models[0].folder, notes)
 
@@ -1023,9 +1081,8 @@ def score(settings: Settings, model: Model | None = None) -> Result:
     net, diffusion = PointMLP(), Diffusion(1000, "cosine", "v", "simple")  # a small network learns the points
     loader = Loader(((points + 1) * 127.5).round().clamp(0, 255).byte(), 256, seed=settings.seed)
     training = TrainingSettings(settings.point_epochs, lr=3e-3, save_every=settings.point_epochs)
-    machine = MachineSettings(seed=settings.seed, precision="fp32")
     with tempfile.TemporaryDirectory() as folder, torch.enable_grad():
-        trainer = Trainer(net, EMA, loader, Path(folder), training, machine)
+        trainer = Trainer(net, EMA, loader, Path(folder), training, MachineSettings(seed=settings.seed))
         ddpm.train(diffusion.loss, trainer)
     n, eps_theta, (data, more) = 1000, diffusion.denoiser(trainer.ema.net), points[:2000].chunk(2)
     levels, by_score = settings.langevin_levels, partial(langevin, inner=settings.inner, step=settings.step)
@@ -1039,7 +1096,6 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         rows.append(row | quality(clouds[way].flatten(1), data.flatten(1)))
     rows.append({"data": "Swiss roll", "sampler": "real", "n": n} | quality(more.flatten(1), data.flatten(1)))
     if model:
-        model.note_condition()
         n, half, others = real_features(model, evaluator, settings) if evaluator else (16, None, None)
         for way, (sampler, steps) in ways.items():
             x, evaluations = draw_samples(model, range(n), sampler, min(steps, model.diffusion.T), settings)
@@ -1049,45 +1105,45 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         if evaluator:
             rows.append({"data": model.path, "sampler": "real", "n": n, **quality(others, half)})
     panels = [Panel(way, *PLANE, {way: x.flatten(1).T.tolist()}, kind="points") for way, x in clouds.items()]
-    figure = [Chart([*panels, *score_fields(diffusion, eps_theta)]), *pairs(grids)]
-    return Result(figure, rows, model.folder if model else Result.folder)
-
-
-def score_fields(diffusion: Diffusion, eps_theta) -> list[Panel]:
-    """The direction of the score, -eps_theta / sqrt(1 - ab), in the plane, at three noise levels."""
-    line, panels = torch.linspace(-1.6, 1.6, 17), []
+    line = torch.linspace(-1.6, 1.6, 17)
     x, y = (c.flatten() for c in torch.meshgrid(line, line, indexing="xy"))
-    for t in (50, 250, 600):
-        plane, times = torch.stack([x, y], 1)[..., None, None], torch.full((len(x),), t)
-        field = -eps_theta(plane, times).flatten(1)
+    plane = torch.stack([x, y], 1)[..., None, None]
+    for t in (50, 250, 600):  # the direction of the score, -eps_theta / sqrt(1 - ab)
+        field = -eps_theta(plane, torch.full((len(x),), t)).flatten(1)
         arrows = (x, y, *(field / field.norm(dim=1, keepdim=True)).T)
         title = f"direction of the score, {snr_label(diffusion, t)}"
         panels.append(Panel(title, *PLANE, {"score": tuple(c.tolist() for c in arrows)}, kind="arrows"))
-    return panels
+    folder, notes = (model.folder, model.note_condition(None)) if model else (Result.folder, ())
+    return Result([Chart(panels), *pairs(grids)], rows, folder, notes)
 
 
 # 11. The report, and the command line ----------------------------------------------------------------------
-@study("image classifier", 1, 1)
-def report(settings: Settings, model: Model) -> None:
-    """Every study of one run, in files of its own and as a page of a PDF.
+@study("image classifier", 1, 2)
+def report(settings: Settings, *models: Model) -> None:
+    """Every study of a run, or of two beside each other, in files of their own and as pages of a PDF.
 
-    A page says how to read a study, and has its figure and its table.
+    A page says how to read a study, and has its figure and its table; the first has the settings.
     """
-    load_evaluator(settings.classifier, model)  # an error here comes before the work
-    folder, pages, config = Path(settings.out) if settings.out else model.folder, [], model.config
-    of_run = {key: config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
-    known = [*of_run.items(), *vars(settings).items()]
-    for name, one in ((name, one) for name, one in STUDIES.items() if name != "report"):
-        print(f"\n{name}")
+    load_evaluator(settings.classifier, models[0])  # an error here comes before the work
+    same_data(models)
+    folder, pages = Path(settings.out) if settings.out else models[0].folder, [charts.settings_page(models)]
+    of_run = {key: models[0].config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
+    known, each = [*of_run.items(), *vars(settings).items()], [[model] for model in models]
+    named = [(name, one) for name, one in STUDIES.items() if name != "report"]
+    jobs = [(*of, group) for of in named for group in {0: [[]], math.inf: [models]}.get(of[1].most, each)]
+    for name, one, group in jobs:
+        title = " ".join([name, *(model.path for model in group if len(models) > 1)])
+        print(f"\n{title}")
         figure, rows, text = None, [], one.about[1]
         try:
             chosen = {key: v for key, v in known if v is not None and key in rows_of(one.settings)}
-            result = one.run(one.settings(**chosen), *[model] * bool(one.most))
-            (figure, _), rows = publish(name, result, str(folder)), result.rows
+            result = one.run(one.settings(**chosen), *group)
+            (figure, _), rows = publish(name, replace(result, folder=folder), settings.out), result.rows
+            text = " ".join([text, *result.notes])
         except UserError as error:
             note(f"{name} is left out: {error}")
             text = f"Left out: {error}."
-        pages.append((name, text, figure, rows))
+        pages.append((title, text, figure, rows))
     path = write_report(folder / "report.pdf", [draw_page(*page) for page in pages])
     print(f"\nreport  {quoted(path)}")
 
@@ -1110,13 +1166,13 @@ def main() -> None:
     one = STUDIES[name := typed.pop("study")]
     paths = [*typed.pop("runs", []), *typed.pop("checkpoint", [])]
     if not one.least <= len(paths) <= one.most:
-        wanted = {(1, 1): "one run", (0, 1): "one run at most", (0, 2): "two runs at most"}
-        takes = wanted.get((one.least, one.most), "at least one run")
+        wanted = {(1, 1): "one run", (0, 1): "one run at most", (1, math.inf): "at least one run"}
+        takes = wanted.get((one.least, one.most), "two runs at most")
         raise UserError(f"{name} takes {takes}, as runs/ddpm_digits, and {len(paths)} were given")
     for one_way, other in (("image", "images"), ("levels", "snr")):
         if typed.keys() >= {one_way, other}:
             raise UserError(f"{flag(other)} means nothing here: leave it out beside {flag(one_way)}")
-    for key in sorted(typed.keys() & {"dataset", "image_size"} if paths else ()):
+    for key in sorted(typed.keys() & {"dataset", "image_size", "schedule"} if paths else ()):
         raise UserError(f"{flag(key)} comes from the run: leave it out")
     chosen = one.settings(**typed)
     device, load = get_device(chosen.device), ddpm.load_network

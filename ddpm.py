@@ -46,27 +46,25 @@ from utils import PLAIN_MSE, SCHEDULES, WEIGHTINGS
 class Diffusion:
     """The forward process q(x_t | x_0), what a network is trained to predict of it, and how that becomes eps.
 
-    `alpha_bar` and `snr` (T+1,) float64 on the CPU. `schedule` is a name in SCHEDULES or any f(T) -> betas;
-    `prediction` is what the network's output means: "eps", "x_0", "v" or "dual"; `weighting` is a name in
-    WEIGHTINGS or any w(snr), None being plain MSE on the prediction. ValueError for T < 2 or an unknown name.
+    `beta` (T,), `alpha_bar` and `snr` (T+1,) are float64 on the CPU. `schedule` is a name in SCHEDULES or any
+    f(T) -> betas; `prediction` is what the network's output means: "eps", "x_0", "v" or "dual"; `weighting`
+    is a name in WEIGHTINGS or a w(snr), None being plain MSE on it. ValueError for T < 2 or an unknown name.
     """
 
     def __init__(self, noise_steps: int = 1000, schedule="cosine", prediction="v", weighting=None):
         if noise_steps < 2 or prediction not in PLAIN_MSE:
             raise ValueError(f"noise_steps must be at least 2 and prediction one of {', '.join(PLAIN_MSE)}")
-        if isinstance(schedule, str) and schedule not in SCHEDULES:
-            raise ValueError(f"schedule {schedule!r} is none of {', '.join(SCHEDULES)}")
-        if isinstance(weighting, str) and weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting {weighting!r} is none of {', '.join(WEIGHTINGS)}")
+        for what, name, known in (("schedule", schedule, SCHEDULES), ("weighting", weighting, WEIGHTINGS)):
+            if isinstance(name, str) and name not in known:
+                raise ValueError(f"{what} {name!r} is none of {', '.join(known)}")
         self.T, self.prediction = noise_steps, prediction
-        betas = (SCHEDULES[schedule] if isinstance(schedule, str) else schedule)(noise_steps)  # (T,)
+        self.beta = SCHEDULES.get(schedule, schedule)(noise_steps).double()  # (T,), beta_t at t - 1
         one = torch.ones(1, dtype=torch.float64)
-        self.alpha_bar = torch.cat([one, (1 - betas.double()).cumprod(0)])  # (T+1,) prod (1 - beta), eq. 4
+        self.alpha_bar = torch.cat([one, (1 - self.beta).cumprod(0)])  # (T+1,) prod (1 - beta), eq. 4
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # (T+1,), infinite at t = 0
         self.signal, self.noise = self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt()  # (T+1,) each
 
-        weighting = weighting or PLAIN_MSE[prediction]
-        w = WEIGHTINGS.get(weighting, weighting)
+        w = WEIGHTINGS.get(weighting or PLAIN_MSE[prediction], weighting)
         # w weighs the error of eps; the loss needs a weight of the output's error. For a given x_t an error
         # d_eps comes with d_x_0 = -(noise / signal) d_eps, so d_eps^2 = snr d_x_0^2. It comes with
         # d_v = signal d_eps - noise d_x_0 = d_eps / signal (signal^2 + noise^2 = 1), so d_eps^2 = ab d_v^2.
@@ -74,13 +72,13 @@ class Diffusion:
         factor = {"x_0": snr, "v": self.alpha_bar[1:]}.get(prediction, 1)  # 1 for eps, and for that of dual
         self.weight = torch.cat([0 * one, w(snr) * factor])  # (T+1,); t = 0 is never trained
 
-    def scales(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,), of the type of x; -> (B, 1, 1, 1) each."""
+    def scales(self, t: Tensor | int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for t (B,) or int, typed as x; -> (B, 1, 1, 1) each."""
         tables = torch.stack([self.signal, self.noise]).to(x.dtype).to(x.device)  # (2, T+1)
         return tables[:, t].view(2, -1, 1, 1, 1).unbind()
 
-    def noise_images(self, x_0: Tensor, t: Tensor, generator=None) -> tuple[Tensor, Tensor]:
-        """Draw x_t ~ q(x_t | x_0) in one step; -> x_t and the eps in it, (B, C, H, W) each (DDPM, eq. 4)."""
+    def noise_images(self, x_0: Tensor, t: Tensor | int, generator=None) -> tuple[Tensor, Tensor]:
+        """Draw x_t ~ q(x_t | x_0) (DDPM, eq. 4), t (B,) or one for all; -> x_t and its eps, (B, C, H, W)."""
         signal, noise = self.scales(t, x_0)
         eps = randn_like(x_0, generator)
         return signal * x_0 + noise * eps, eps  # DDPM, eq. 4, reparameterised: N(sqrt(ab) x_0, (1 - ab) I)
@@ -134,17 +132,15 @@ class Diffusion:
         """`eps_theta(x_t, t) -> eps` for a network of any prediction; it is called with the condition y."""
         return lambda x_t, t: self.eps_from_output(x_t, net(x_t, t, y).to(x_t.dtype), t)
 
-    # The times that a sampler visits.
     def timesteps(self, steps: int, spacing: str | None = None) -> list[int]:
         """[T, ..., 0], steps + 1 entries, strictly decreasing; ValueError if not 1..T steps.
 
         `spacing` is "even" in t, or "log_snr": T, then times even in log SNR from SNR 0.001 to t = 1, then 0.
         The default is log_snr where the last of 20 even strides would begin at an SNR below 25.
 
-        A network trained on T noise levels may be sampled in fewer steps: it learned to denoise each x_t by
-        itself, and q(x_t | x_0) (eq. 4) is the same whatever steps lead to t. On any part of 1..T the same
-        equations hold with alpha_t = ab_t / ab_s (DDIM, section 4.2). Longer strides cost accuracy, which
-        `analysis.py samplers` measures.
+        A network trained on T noise levels may be sampled in fewer steps: it learned each x_t by itself, and
+        q(x_t | x_0) (eq. 4) is the same whatever steps lead to t. On any part of 1..T the same equations hold
+        with alpha_t = ab_t / ab_s (DDIM, section 4.2). `analysis.py samplers` measures what that costs.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must lie between 1 and T = {self.T}, not {steps}")
@@ -169,8 +165,7 @@ class Diffusion:
 # Samplers: sampler(diffusion, eps_theta, x, timesteps, generator=None) -> x, from x (B, C, H, W) at
 # timesteps[0] to x at timesteps[-1]. They see a denoiser and a decreasing list of timesteps, nothing else. A
 # list that ends above 0 leaves x_t at that noise level, for another sampler to go on from. `generator` is one
-# or a list, one for each image. Clipping is not in them: `sample`, below, calls them with the denoiser
-# clip_x_0(diffusion, eps_theta), unless --no-clip is given.
+# or a list, one for each image. Clipping is not in them: `sample`, below, clips in its denoiser.
 def numbered_noise(numbers, shape, seed: int) -> tuple[Tensor, list[torch.Generator]]:
     """x_T (B, *shape) ~ N(0, I) (DDPM, Algorithm 2, line 1), and a generator for each of the numbered images.
 
@@ -210,8 +205,7 @@ def ddim_stride(x: Tensor, eps: Tensor, ab_t: float, ab_s: float, sigma: float =
 def ddim(diffusion, eps_theta, x, timesteps, generator=None, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16).
 
-    eta = 0 is deterministic, Euler's method on the probability flow; eta = 1 is DDPM with the posterior
-    variance.
+    eta = 0 is deterministic, Euler's method on the probability flow; eta = 1 is DDPM, variance "posterior".
     """
     # Start: DDIM sampling
     for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
@@ -223,12 +217,8 @@ def ddim(diffusion, eps_theta, x, timesteps, generator=None, eta=0.0):
     # End
 
 
-ADAMS_BASHFORTH = {  # by the number of known eps, the newest first (PNDM, section 3.3)
-    1: [1],
-    2: [3 / 2, -1 / 2],
-    3: [23 / 12, -16 / 12, 5 / 12],
-    4: [55 / 24, -59 / 24, 37 / 24, -9 / 24],
-}
+# Weights by the number of known eps, the newest first, to be divided by their sum (PNDM, section 3.3).
+ADAMS_BASHFORTH = {1: [1], 2: [3, -1], 3: [23, -16, 5], 4: [55, -59, 37, -9]}
 
 
 @torch.no_grad()
@@ -245,7 +235,8 @@ def pndm(diffusion, eps_theta, x, timesteps, generator=None, runge_kutta=False):
         if runge_kutta and i < 3:
             eps = runge_kutta_eps(diffusion, eps_theta, x, history[0], timesteps[i], timesteps[i + 1])
         else:
-            eps = sum(w * e for w, e in zip(ADAMS_BASHFORTH[len(history)], history, strict=True))
+            weights = ADAMS_BASHFORTH[len(history)]
+            eps = sum(w * e for w, e in zip(weights, history, strict=True)) / sum(weights)
         x = ddim_stride(x, eps, ab_t, ab_s)
     return x
     # End
@@ -254,8 +245,7 @@ def pndm(diffusion, eps_theta, x, timesteps, generator=None, runge_kutta=False):
 def runge_kutta_eps(diffusion, eps_theta, x: Tensor, eps_1: Tensor, t: int, s: int) -> Tensor:
     """The eps of a pseudo Runge-Kutta stride t -> s from x (B, C, H, W), eps_1 being eps_theta(x, t).
 
-    PNDM, section 3.3. The middle of the stride is rounded up, and a stride that ends in 0 evaluates at 1: no
-    network was trained at t = 0.
+    PNDM, section 3.3. The middle is rounded up, and a stride to 0 evaluates at 1: t = 0 is never trained.
     """
     half, end = (t + s + 1) // 2, max(s, 1)
 
@@ -276,15 +266,12 @@ def dpm_solver(diffusion, eps_theta, x, timesteps, generator=None):
     With lambda = log(sqrt(ab) / sqrt(1 - ab)) it is exact where the predicted x_0 does not change along the
     flow, and of second order in lambda where it does. Deterministic: the generator is not used.
     """
-
-    def log_snr_half(ab: float) -> float:
-        return 0.5 * math.log(ab / (1 - ab)) if ab < 1 else math.inf  # lambda; infinite at t = 0
-
     # Start: DPM-Solver++(2M) sampling
     x_0_before, h_before = None, 0.0
     for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
         x_0 = diffusion.x_0_from_eps(x, eps_theta(x, t), t)
-        h = log_snr_half(ab_s) - log_snr_half(ab_t)  # the stride in lambda; infinite where s = 0
+        # the stride in lambda, lambda_s - lambda_t; infinite where s = 0
+        h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if ab_s < 1 else math.inf
         D = x_0  # the first stride, and one that ends in 0, are of first order
         if x_0_before is not None and ab_s < 1:
             r = h_before / h
@@ -365,10 +352,7 @@ def strided_timesteps(T: int) -> list[int]:
 
 # Training and sampling ------------------------------------------------------------------------------------
 def train(loss_fn, trainer: Trainer) -> None:
-    """Minimise `loss_fn(net, x_0, y, generator)` by gradient steps (DDPM, Algorithm 1).
-
-    The one training loop, whatever is trained; for a diffusion model loss_fn is `Diffusion.loss`.
-    """
+    """The one training loop: minimise `loss_fn(net, x_0, y, generator)`, for diffusion `Diffusion.loss`."""
     # Start: training (DDPM, Algorithm 1)
     for x_0, y, generator in trainer:  # lines 1 and 2: repeat; x_0 ~ q(x_0)
         loss = loss_fn(trainer.net, x_0, y, generator)  # lines 3 to 5: t, eps, and the error of the network
@@ -468,10 +452,10 @@ def single_step(command: Command, data: utils.Data, device: torch.device) -> Tas
         heads, rows = [f"{s}: {dB}" for s, _, dB in levels], ["noisy", "denoised"] * shown
         x, caption = torch.stack(found, 1).flatten(0, 1), f"{trained}; sigma: PSNR in dB"
         save_picture(make_grid(x, caption, len(SIGMAS), rows, heads), path)
+        torch.save(torch.stack(found), path.parents[1] / f"{path.stem}.pt")  # (sigmas, 2 shown, C, H, W)
 
     net, loss, use = make_network(config), partial(denoiser_loss, config["sigma"]), ("denoise",)
-    images = data.images[trained_on]
-    return Task("denoiser", net, loss, preview, EMA, images, use=use, used_by="analysis.py")
+    return Task("denoiser", net, loss, preview, EMA, data.images[trained_on], use=use, used_by="analysis.py")
 
 
 TASKS = {"diffusion": unconditional, "denoiser": single_step, "autoencoder": autoencoding}
@@ -581,16 +565,14 @@ GROUPS = {
 def main() -> None:
     command = parse(__doc__, GROUPS)
     if not command["resume"]:
-        if command["latent"]:
-            settle_latent(command)
+        settle_latent(command)
         own = {"denoiser": {"epochs": 5, "preview_every": 1}, "autoencoder": {"epochs": 10}}  # 5 as in CS180
         command.settle({**utils.DEFAULTS.get(command["dataset"], {}), **own.get(command["task"], {})})
     command.check(owners=not command["resume"])
     if command["sample"] is not None:
-        run_sampling(command)
-    else:
-        kinds = ("ddpm", "denoiser", "autoencoder")
-        launch.run_training(command, utils.get_data, utils.NARROW, TASKS, train, kinds)
+        return run_sampling(command)
+    kinds = ("ddpm", "denoiser", "autoencoder")
+    launch.run_training(command, utils.get_data, utils.NARROW, TASKS, train, kinds)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from .errors import UserError
-from .files import new_path, quoted, replacing, write_csv
+from .files import new_path, quoted, read_csv, replacing, write_csv
+from .images import to_pictures
 from .pictures import join, save_picture
 
+Chart = namedtuple("Chart", "panels columns", defaults=[3])  # side by side; those without curves are left out
 Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
 
 
@@ -29,9 +32,7 @@ class Panel:  # axes of a chart
     kind: str = "line"  # or "points", "arrows"
     bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # of x, shaded; x then falls
     x_from: float = -math.inf  # points at a smaller x are in the CSV alone
-
-
-Chart = namedtuple("Chart", "panels columns", defaults=[3])  # side by side; those without curves are left out
+    y_range: tuple[float, float] | None = None
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Result:  # of a study
     rows: list[dict]  # of the table, by column
     folder: Path = Path("runs/analysis")  # where it is kept unless --out says otherwise
     notes: Sequence[str] = ()  # how to read the table, printed below it
+    images: dict[str, Tensor] = field(default_factory=dict)  # by name (B, C, H, W), single files with --out
 
 
 def curves(rows: Sequence[dict], by: str, x: str, y: str) -> Curves:
@@ -64,8 +66,8 @@ def new_figure(width: float, height: float, **options):
 def draw_chart(chart: Chart) -> Image.Image:
     """The chart as a picture; UserError without matplotlib."""
     panels = [panel for panel in chart.panels if panel.curves]
-    columns = min(chart.columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    columns = max(1, min(chart.columns, len(panels)))
+    rows = max(1, math.ceil(len(panels) / columns))  # a chart may have no curves, and is empty then
     figure = new_figure(4.4 * columns, 3.5 * rows, layout="constrained")
     for i, ax in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         draw_panel(ax, panels[i]) if i < len(panels) else ax.set_axis_off()
@@ -86,6 +88,7 @@ def draw_panel(ax, panel: Panel) -> None:
             ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", linewidth=1.3, label=name)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
     ax.set(title=panel.title + "\n" * bool(panel.bands), xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set_ylim(panel.y_range)
     ax.grid(alpha=0.3)
     low, high = sorted(ax.get_xlim())
     for (name, (start, end)), shade in zip(panel.bands.items(), ("0.78", "0.88", "0.97"), strict=False):
@@ -122,7 +125,7 @@ def aligned(rows: Sequence[dict]) -> list[str]:
 
 def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | None, UserError | None]:
     """Write a study's files under free names, print its table; -> its figure, why charts are not in it."""
-    folder, missing = Path(out or result.folder), None
+    folder, missing, points = Path(out or result.folder), None, []
     folder.mkdir(parents=True, exist_ok=True)
     ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv"}
     stems = chain([study], (f"{study}_{n}" for n in count(2)))
@@ -131,13 +134,10 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
         with suppress(FileExistsError):  # the name is ours once the file is
             files["table"].touch(exist_ok=False)
             break
-    panels = [panel for part in result.figure if isinstance(part, Chart) for panel in part.panels]
-    points = [
-        {"chart": panel.title, "curve": name, **dict(zip("xyuv", map(float, point), strict=False))}
-        for panel in panels
-        for name, columns in panel.curves.items()
-        for point in zip(*columns, strict=True)
-    ]
+    for panel in (panel for part in result.figure if isinstance(part, Chart) for panel in part.panels):
+        for name, columns in panel.curves.items():
+            curve, drawn = {"chart": panel.title, "curve": name}, zip(*columns, strict=True)
+            points += [curve | dict(zip("xyuv", map(float, point), strict=False)) for point in drawn]
     for kind, rows in (("table", result.rows), ("curves", points)):
         if rows:
             write_csv(files[kind], table(rows, digits=6))
@@ -147,6 +147,10 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
         missing, pictures = error, [part for part in result.figure if not isinstance(part, Chart)]
     if figure := join(pictures) if pictures else None:
         save_picture(figure, files["figure"])
+    for name, x in result.images.items() if out else ():
+        files["images"] = files["table"].with_suffix("")
+        for i, picture in enumerate(to_pictures(x), start=1):
+            save_picture(picture, files["images"] / f"{name}, image {i}.png")
     print("\n".join([*aligned(result.rows), *result.notes]))
     print("\n".join(f"{kind:7s} {quoted(file)}" for kind, file in files.items() if file.exists()))
     return figure, missing
@@ -168,17 +172,39 @@ def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[
     step = 1.15 * size / (72 * height)  # from line to line, as a share of the page
     fit = int((top - 0.03) / step)
     if len(lines) > fit:
-        lines = [*lines[: fit - 1], f"... and {len(lines) - fit + 1} rows more in the CSV"]
+        lines = [
+            *lines[: fit - 1],
+            f"... and {len(lines) - fit + 1} rows more in the CSV (settings: config.json)",
+        ]
     for i, line in enumerate(lines):
         page.text(margin, top - i * step, line, fontsize=size, family="monospace", va="top")
     return page
 
 
+def training_log(model) -> list[dict]:
+    """The rows of the run's log.csv, with its path as "run"; none for published weights."""
+    header, *lines = read_csv(model.folder / "log.csv") or [[]]
+    return [{"run": model.path, **dict(zip(header, line, strict=False))} for line in lines]
+
+
+def settings_page(models: Sequence) -> tuple:
+    """The settings of each run as a table, and its first, middle and last preview as a figure."""
+    keys = dict.fromkeys(k for m in models for k, v in m.config.items() if type(v) in (str, int, float, list))
+    rows = [{"setting": k} | {m.path: str(m.config.get(k))[:40] for m in models} for k in keys]
+    made = [sorted((model.folder / "samples").glob("epoch_*.png")) for model in models]
+    shown = [[files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] for files in made if files]
+    opened = [[Image.open(file, formats=["PNG"]).convert("RGB") for file in files] for files in shown]
+    previews = [join(grids, across=True) for grids in opened]
+    return "settings", "Settings, and previews over the epochs.", join(previews) if previews else None, rows
+
+
 def write_report(path: Path, pages: Sequence) -> Path:
     """Write pages as a PDF, under that name or the next free one."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
-    with replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
+    text = rc_context({"pdf.fonttype": 42})  # TrueType, whose letters can be selected and searched
+    with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages:
             pdf.savefig(page)
     return path

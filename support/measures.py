@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from .errors import UserError
+from .images import to_x_0
 
 BANDS = {"low": (0.0, 0.125), "middle": (0.125, 0.25), "high": (0.25, 1.0)}  # cycles per pixel
 YCBCR = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]  # of RGB (JPEG)
@@ -106,3 +107,30 @@ def diversity(x: Tensor, y: Tensor) -> float | None:
 def saturation(x: Tensor) -> float:
     """The share of values at the ends of the range, which a file saves as 0 or 255."""
     return (x.abs() >= 1 - 1 / 255).double().mean().item()
+
+
+def nearest_images(x: Tensor, cloud: Tensor, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Rms distance of x (n, C, H, W) to the nearest of uint8 images (N, C, H, W), and its index; both (n,)"""
+    parts = (to_x_0(part).flatten(1) / 2 for part in cloud.split(4096))  # few are made float at once
+    apart = torch.cat([torch.cdist(x.flatten(1) / 2, part) for part in parts], dim=1) / x[0].numel() ** 0.5
+    # skip = 1 where x is part of the cloud, and each image is its own nearest
+    return tuple(found[:, -1] for found in apart.topk(min(1 + skip, len(cloud)), largest=False))
+
+
+def standardised(x: Tensor) -> Tensor:
+    """Mean 0 and variance 1 in each coordinate of points (N, D, 1, 1), or over all values of images."""
+    dims = 0 if x.shape[-1] == 1 else (0, 1, 2, 3)
+    return (x - x.mean(dims, keepdim=True)) / x.std(dims, keepdim=True, correction=0)
+
+
+def correlation(x_t: Tensor, x_0: Tensor) -> float:
+    """Pearson's correlation of the values of x_t with those of x_0, mean over images (B, C, H, W)."""
+    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (x_t, x_0))
+    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean().item()
+
+
+def neighbours_kept(x_t: Tensor, x_0: Tensor, k: int = 10) -> float:
+    """The share of each point's k nearest neighbours in x_0 that are among them in x_t; (N, 2, 1, 1) each."""
+    x_0, x_t = x_0.double().flatten(1), x_t.double().flatten(1)
+    before, after = (torch.cdist(x, x).topk(k + 1, largest=False).indices[:, 1:] for x in (x_0, x_t))
+    return (before[:, :, None] == after[:, None, :]).any(2).double().mean().item()
