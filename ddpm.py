@@ -48,7 +48,7 @@ class Diffusion:
 
     `beta` (T,), `alpha_bar` and `snr` (T+1,) are float64 on the CPU. `schedule` is a name in SCHEDULES or any
     f(T) -> betas; `prediction` is what the network's output means: "eps", "x_0", "v" or "dual"; `weighting`
-    is a name in WEIGHTINGS or a w(snr), None being plain MSE on it. ValueError for T < 2 or an unknown name.
+    is a name in WEIGHTINGS or a w(snr); None is plain MSE on the prediction. ValueError: T < 2, unknown name.
     """
 
     def __init__(self, noise_steps: int = 1000, schedule="cosine", prediction="v", weighting=None):

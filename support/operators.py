@@ -1,4 +1,4 @@
-"""Linear maps of images (B, C, H, W): views that can be undone, and a blur."""
+"""Linear maps of images (B, C, H, W): views that can be undone, a blur, and a sharper low-pass filter."""
 
 from collections import namedtuple
 from functools import partial
