@@ -7,7 +7,7 @@ processes   several processes, by torchrun              generators  random draws
 runs        run folders, checkpoints, logs              samples     images drawn in batches, grids, GIFs
 images      image files to arrays and back              pictures    grids with captions, saved whole
 cache       images decoded once                         files       files that are replaced whole
-latents     an autoencoder's latents of a data set      operators   views that can be undone, a blur
+latents     an autoencoder's latents of a data set      operators   views to undo, low-pass filters
 cars        the layouts of Stanford Cars                scenes      drawn shapes with captions
 text        captions as tokens, labels by name          published   weights that others published
 measures    SSIM, frequency bands, Frechet distance     charts      charts and tables of a study
