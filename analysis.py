@@ -242,8 +242,8 @@ def in_batches(model: Model, y: Tensor | None, batch_size: int, bar, clip: bool 
     def eps_theta(x_t: Tensor, t: Tensor) -> Tensor:
         parts, of = [], x_t if y is None else torch.cat([y.to(x_t.device)] * (len(x_t) // len(y)))
         for x, times, z in zip(*(part.split(batch_size) for part in (x_t, t, of)), strict=True):
-            eps_theta = model.diffusion.denoiser(model.net, None if y is None else z)
-            parts.append((model.clipped(eps_theta) if clip else eps_theta)(x, times))
+            denoiser = model.diffusion.denoiser(model.net, None if y is None else z)
+            parts.append((model.clipped(denoiser) if clip else denoiser)(x, times))
             bar.update(len(x))
         return torch.cat(parts)
 
@@ -283,11 +283,11 @@ def over_snr(title: str, y: str, lines: dict, log: str = "xy", x_from: float = 1
 
 # 1. The P2 comparison: what a model recovers from x_t ------------------------------------------------------
 def ddim_keeping_eps(diffusion, eps_theta, x, timesteps, generator=None):
-    """DDIM, eq. 12, with x_0 clipped and eps as it was (diffusers); `clip_x_0` derives eps again."""
-    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
+    """DDIM, eq. 12, with x_0 clipped and eps as it was, as in diffusers; `clip_x_0` derives eps again."""
+    for t, _, _, ab_s in diffusion.strides(x, timesteps):
         eps = eps_theta(x, t)
-        x_0 = ((x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5).clamp(-1, 1)
-        x = ab_s**0.5 * x_0 + (1 - ab_s) ** 0.5 * eps  # eq. 12, without noise
+        x_0 = diffusion.x_0_from_eps(x, eps, t).clamp(-1, 1)
+        x = ab_s**0.5 * x_0 + (1 - ab_s) ** 0.5 * eps  # eq. 12 for eta = 0
     return x
 
 
@@ -853,7 +853,7 @@ def guides(settings: Settings, model: Model) -> dict[str, Callable]:
 
 @study(f"{GUIDANCE} batch_size", 1, 1, guidance_scale=SCALES, sample_steps=20, show=1)
 def guidance(settings: Settings, model: Model) -> Result:
-    """Scales of classifier-free and of classifier guidance: pictures, accuracy, diversity, saturation.
+    """Scales of classifier-free and of classifier guidance: pictures, accuracy, diversity, sharpness.
 
     Scales above 1 buy accuracy with diversity; far too much of them spoils the pictures. The Frechet distance
     is least where both are near what real images have.

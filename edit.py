@@ -480,7 +480,7 @@ def run_inpaint(model: Model):
 
 
 def draw_pair(model: Model, label: str, compose, columns_of, *readings: str):
-    """Draw x by compose(eps_1, eps_2) of two conditions, which two columns of x, `readings`, should show."""
+    """Pictures by compose(eps_1, eps_2) of two conditions; a classifier names two columns, the `readings`."""
     model.in_pixels("its two readings share pixels, or frequencies of pixels")
     if len(model.names) != 2:
         raise UserError("this takes a conditional model and two conditions: --labels 6,9, or two of --prompt")
@@ -523,7 +523,7 @@ def run_hybrid(model: Model):
     size, sigma, cycles = model.shape[-1], model.settings.sigma, model.settings.cycles
     if sigma and cycles:
         raise UserError("--sigma and --cycles both say which frequencies are low: leave one out")
-    cycles = cycles or (2.0 if model.config["dataset"] == "digits" else 2.5)  # those fill their images
+    cycles = cycles or (2.0 if model.config["dataset"] == "digits" else 2.5)  # the digits fill their images
     G = partial(low_pass, sigma=sigma) if sigma else partial(sharp_low_pass, cycles=cycles)
     edge = (size - max(1, size // 4)) // 2
 
