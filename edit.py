@@ -662,7 +662,7 @@ def make_parser() -> cli.Parser:
 def main() -> None:
     typed = vars(make_parser().parse_args())
     run, flags, defaults = EDITS[task := typed.pop("task")]
-    command = cli.make_command(typed, GROUPS)
+    command = cli.Command(typed, GROUPS)
     model, out = Model(command, defaults), command["out"]
     folder = prepare_folders(run_folder(command["checkpoint"]) / "edits", out)
     columns, labels, results, notes = run(model)

@@ -78,14 +78,12 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 def new_path(path: Path, suffix: str = "") -> Path:
-    """`path`, or the first free one of path_2, path_3, ...; with a suffix it is a file, made empty."""
+    """`path`, or the first free one of path_2, path_3, ..., made as a folder or, with a suffix, as a file."""
     for n in count(1):
         new = path if n == 1 else path.with_name(f"{path.name.removesuffix(suffix)}_{n}{suffix}")
-        with suppress(FileExistsError):
-            if suffix:
-                new.touch(exist_ok=False)  # so that no other process takes the name
-            if suffix or not os.path.lexists(new):
-                return new
+        with suppress(FileExistsError):  # so that no other process takes the name
+            new.touch(exist_ok=False) if suffix else new.mkdir()
+            return new
 
 
 def quoted(*words: object, windows: bool = os.name == "nt") -> str:

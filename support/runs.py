@@ -125,12 +125,8 @@ def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_ep
 @contextmanager
 def open_run(wanted: Path, resumed: bool, config: dict, processes: Processes) -> Iterator[Path]:
     """The folder of a run: `wanted`, or for a new one the next free name; a stopped run says how to go on."""
-    run = wanted
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    while processes.first and not resumed:
-        with suppress(FileExistsError):  # another process may make the same folder at this moment
-            (run := new_path(wanted)).mkdir()
-            break
+    run = new_path(wanted) if processes.first and not resumed else wanted
     if processes.count > 1:
         run = processes.broadcast(run)
     if run != wanted:

@@ -78,23 +78,16 @@ def parse(description: str, groups: dict[str, type]) -> "Command":
     """The command line of a script, with a flag for each field of the dataclasses, {title: dataclass}."""
     parser = Parser(description=description, usage="%(prog)s [flags]", **PLAIN)
     add_settings(parser, groups)
-    return make_command(vars(parser.parse_args()), groups.values())
+    return Command(vars(parser.parse_args()), groups.values())
 
 
-def make_command(typed: dict[str, object], groups: Iterable[type]) -> "Command":
-    """The settings that were typed, as an object of each dataclass."""
-    own = {group: {row.name: row.metadata for row in fields(group)} for group in groups}
-    made = [group(**{name: typed[name] for name in rows if name in typed}) for group, rows in own.items()]
-    return Command(made, set(typed), {name: row for rows in own.values() for name, row in rows.items()})
-
-
-@dataclass
 class Command:
     """What a command line asks for: an object of each dataclass, the names typed, the metadata by name."""
 
-    groups: list[object]
-    typed: set[str]
-    rows: dict[str, dict]
+    def __init__(self, typed: dict[str, object], groups: Iterable[type]):
+        own = {group: {row.name: row.metadata for row in fields(group)} for group in groups}
+        self.groups = [kind(**{name: typed[name] for name in typed.keys() & own[kind]}) for kind in own]
+        self.typed, self.rows = set(typed), {name: row for rows in own.values() for name, row in rows.items()}
 
     def __getitem__(self, key: str | type) -> object:
         """The setting of that name, or the object of that dataclass."""

@@ -23,7 +23,7 @@ from support.files import new_path
 from support.images import image_files, to_uint8
 from support.launch import default_network, load_data
 from support.pictures import make_grid
-from support.settings import Parser, add_settings, flag, make_command, rows_of
+from support.settings import Command, Parser, add_settings, flag, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,8 @@ def test_paths_can_be_pasted(cli):
 
 def test_new_path(tmp_path):
     for _ in range(3):
-        new_path(tmp_path / "v1.5").mkdir()
-        new_path(tmp_path / "a.png", ".png").touch()
+        new_path(tmp_path / "v1.5")
+        new_path(tmp_path / "a.png", ".png")
     names = ["a.png", "a_2.png", "a_3.png", "v1.5", "v1.5_2", "v1.5_3"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
@@ -233,7 +233,7 @@ def settled(*flags):
     """The settings of a run of so many flags, on eight images."""
     parser = Parser(argument_default=argparse.SUPPRESS)
     add_settings(parser, ddpm.GROUPS)
-    command = make_command(vars(parser.parse_args([*flags, "--limit", "8"])), ddpm.GROUPS.values())
+    command = Command(vars(parser.parse_args([*flags, "--limit", "8"])), ddpm.GROUPS.values())
     load_data(command, utils.get_data, narrow=False)
     return command
 

@@ -23,7 +23,7 @@ import analysis
 import ddpm
 import edit
 import utils
-from support import cache, files, images, launch, loader, runs, trainer
+from support import cache, files, images, launch, loader, trainer
 from support.errors import UserError, is_out_of_memory
 from support.files import new_path, quoted, read_csv, remove_leftovers, replacing
 from support.text import find_labels
@@ -132,16 +132,15 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def test_two_runs_that_begin_at_once_get_two_folders(cli, monkeypatch):
-    """Another process makes the folder between the look for a free name and its making."""
-    real, taken = runs.new_path, []
+    """Another process makes the folder just before this one does."""
+    real, taken = Path.mkdir, []
 
-    def slow(path):
-        found = real(path)
-        if not taken:
-            taken.append(found.mkdir(parents=True))
-        return found
+    def late(path, *args, **options):
+        if path == Path(RUN) and not taken:
+            taken.append(real(path))
+        real(path, *args, **options)
 
-    monkeypatch.setattr(runs, "new_path", slow)
+    monkeypatch.setattr(Path, "mkdir", late)
     result = cli(*TINY)
     assert result.code == 0 and "this run goes to runs/ddpm_digits_2" in result.err
     assert not any(Path(RUN).iterdir()) and Path("runs/ddpm_digits_2/ckpt.pt").is_file()

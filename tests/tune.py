@@ -40,7 +40,7 @@ from support.loader import Loader
 from support.machine import MachineSettings, get_device, half_precision, to_device
 from support.measures import frechet_distance, quality
 from support.pictures import make_grid, save_picture
-from support.settings import Command, Parser, add_settings, make_command
+from support.settings import Command, Parser, add_settings
 from support.trainer import CHECK_EVERY, Trainer, TrainingSettings
 
 
@@ -65,7 +65,7 @@ class Arm:
 def make_arm(flags: str, shared: list[str]) -> Arm:
     parser = Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     add_settings(parser, ddpm.GROUPS)
-    command = make_command(vars(parser.parse_args([*shared, *shlex.split(flags)])), ddpm.GROUPS.values())
+    command = Command(vars(parser.parse_args([*shared, *shlex.split(flags)])), ddpm.GROUPS.values())
     dataset = command["dataset"]
     command.settle(utils.DEFAULTS.get(dataset, {}))
     data = load_data(command, utils.get_data, dataset in utils.NARROW)
