@@ -44,7 +44,7 @@ from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import BANDS, correlation, nearest_images, neighbours_kept, psnr, quality, standardised
 from support.operators import low_pass
-from support.pictures import join, make_grid
+from support.pictures import cloud_picture, join, make_grid
 from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
 from support.text import ConditionSettings, conditions
@@ -484,13 +484,6 @@ def s_curve(count: int, generator: torch.Generator) -> Tensor:
 CLOUDS = {"Swiss roll": swiss_roll, "S-curve": s_curve}
 
 
-def cloud_picture(points: Tensor, size: int = 72, reach: float = 3.5) -> Tensor:
-    """Points (N, 2, 1, 1) as black dots on white, the plane from -reach to reach; -> (1, 1, size, size)."""
-    x, y = points.flatten(1).T.numpy()
-    counts, _, _ = np.histogram2d(-y, x, bins=size, range=[(-reach, reach)] * 2)  # rows from the top down
-    return 1 - 2 * torch.from_numpy(counts).clamp(max=1).float()[None, None]
-
-
 def half_life(t: Sequence[int], values: Sequence[float]) -> float:
     """The t at which values that fall from 1 at t = 0 reach one half, linear between times; inf if never."""
     for (t_0, high), (t_1, low) in pairwise([(0, 1.0), *zip(t, values, strict=True)]):
@@ -667,7 +660,7 @@ def denoise(settings: Settings, *models: Model) -> Result:
     if len(denoisers) > 1 or len(networks) > 1:
         raise UserError("denoise takes a diffusion run, a run of --task denoiser, or one of each")
     same_data(models)
-    first, pictures, labels, rows = next(iter(networks + denoisers), None), [], [], []
+    first, figure, rows = next(iter(networks + denoisers), None), [], []
     diffusion = networks[0].diffusion if networks else Diffusion(1000, settings.schedule or "linear")
     x, y = chosen_images(settings, first and first.config)
     notes = [line for model in networks for line in model.note_condition(y)]
@@ -680,16 +673,16 @@ def denoise(settings: Settings, *models: Model) -> Result:
         for name, value in values.items():
             row = {"noise": f"t = {t}", "snr": diffusion.snr[t], "denoised by": name, "psnr": value}
             rows.append(row | ({"best": "of the blurs"} if name == best else {}))
-        pictures += [one[:1] for one in (x, *ways.values())]
-        in_dB = " ".join(f"{value:.1f}" for value in values.values())
-        labels.append(f"{snr_label(diffusion, t)}\n{in_dB}\nbest: {best}")
-    caption = f"x_t, noisy: x_t / sqrt(alpha_bar), and what is made of it; PSNR in dB over {len(x)} images"
-    figure: list = [make_grid(torch.cat(pictures), caption, len(ways) + 1, labels, ["x_0", *ways])]
-    for model in networks:  # A 1.4
-        ways, kept = denoised(diffusion, networks, x_0, y, at(990, diffusion.T), settings)
+        heads = [f"{name}\n{value:.1f} dB{' *' * (name == best)}" for name, value in values.items()]
+        caption = f"{snr_label(diffusion, t)}; noisy: x_t / sqrt(ab); PSNR over {len(x)} images; *: best blur"
+        pictures = torch.cat([one[:1] for one in (x, *ways.values())])
+        figure.append(make_grid(pictures, caption, len(pictures), heads=["x_0", *heads]))
+    for model in networks:  # A 1.4, of the first image
+        t, y = at(990, diffusion.T), y if y is None else y[:1]
+        ways, kept = denoised(diffusion, networks, x_0[:1], y, t, settings)
         shown = {f"t = {t}": x for t, x in kept.items()} | {k: ways[k] for k in ("iterative", "one step")}
         shown["blurred"] = low_pass(ways["x_t"], x_0.shape[-1] / 8)
-        cells = torch.cat([model.space.decode(x[:1]) for x in shown.values()])
+        cells = torch.cat([model.space.decode(x) for x in shown.values()])
         figure.append(make_grid(cells, "after each fifth stride", len(shown), heads=[*shown]))
     for model in denoisers:
         seen, of_denoiser = one_level(model)
@@ -823,15 +816,25 @@ WEAK = (("blurry", "sharpness", -1), ("random", "accuracy", -1))  # a claim, its
 GUIDANCE = "guidance_scale labels prompt per_label show batches classifier guide sampler sample_steps"
 
 
-def real_of_labels(data: Data, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """As real_halves, for samples of labels (n,): the second half has at most as many of each label."""
-    order = torch.randperm(len(data.images), generator=seeded_generator(seed))
-    order = order[torch.isin(data.labels[order], labels)]
-    first, second = order.tensor_split([len(order) // 2])
-    if len(order) < 4:
-        raise UserError(f"there are {len(order)} real images of these labels: ask for others, or more")
-    second = [second[data.labels[second] == k][: (labels == k).sum()] for k in labels.unique()]
-    return first, torch.cat(second)
+def real_beside(model: Model, y: Tensor, settings: Settings, needed: bool) -> tuple | None:
+    """Two sets of real images for samples of y (n, ...), and labels of the second; None without data.
+
+    Both sets are of labels in y (n,), or of all captions; the second has at most as many of each as y.
+    """
+    try:
+        data, labelled = real_data(model.config, settings, labelled=y.ndim == 1), y.ndim == 1
+        labels, y = (data.labels, y) if labelled else (torch.zeros(len(data.images)), torch.zeros(len(y)))
+        order = torch.randperm(len(data.images), generator=seeded_generator(settings.seed))
+        order = order[torch.isin(labels[order], y)]
+        first, second = order.tensor_split([len(order) // 2])
+        if len(order) < 4:
+            raise UserError(f"there are {len(order)} real images of these labels: ask for others, or more")
+    except UserError as error:
+        if needed:
+            raise
+        return note(f"no real images beside the samples: {error}")
+    second = torch.cat([second[labels[second] == k][: (y == k).sum()] for k in y.unique()])
+    return data.images[first], data.images[second], labels[second] if labelled else torch.arange(len(second))
 
 
 def guides(settings: Settings, model: Model) -> dict[str, Callable]:
@@ -870,17 +873,16 @@ def guidance(settings: Settings, model: Model) -> Result:
     many = settings.batches * settings.show  # images of a condition in the figure
     R, n, enough = len(names), len(names) * max(settings.per_label, many), False
     of, steps = torch.arange(n) % R, min(settings.sample_steps, model.diffusion.T)  # i is of names[i % R]
+    real = real_beside(model, y[of], settings, needed=evaluator is not None)
     if evaluator:
-        data = real_data(model.config, settings, labelled=True)
-        first, second = real_of_labels(data, y[of], settings.seed)
-        half, enough = evaluator.features(data.images[first]), min(n, len(first), len(second)) > evaluator.dim
+        half, enough = evaluator.features(real[0]), min(n, *map(len, real)) > evaluator.dim
 
     def measured(kind: str, scale: float | None, x: Tensor, labels: Tensor) -> dict:
         row = {"guidance": kind, "scale": scale, "n": len(x)}
         if evaluator:
             row["accuracy"] = evaluator.agreement(x, labels)
         if settings.per_label > 1:
-            row["diversity"] = measures.diversity(x, labels if y.ndim == 1 else of)  # a caption by its number
+            row["diversity"] = measures.diversity(x, labels)
         row |= {"sharpness": measures.energy_bands(x)[:, 2].mean(), "contrast": x.std((1, 2, 3)).mean() / 2}
         if x.shape[1] == 3:  # gray digits are black and white by nature
             row["saturation"] = measures.saturation(x)
@@ -896,22 +898,23 @@ def guidance(settings: Settings, model: Model) -> Result:
         for scale in scales:
             eps_theta_of = partial(guide, y[of], scale)
             x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, eps_theta_of)
-            rows.append(measured(kind, scale, x, y[of]))
+            rows.append(measured(kind, scale, x, y[of] if y.ndim == 1 else of))  # a caption by its number
             shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
         cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
         caption = f"{kind} guidance, {sampler} {steps} steps; at all scales the same noise"
         grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
     keys = [key for key in rows[0] if key not in ("guidance", "scale", "n")]
-    panels = [Panel(key, "scale", key, curves(rows, "guidance", "scale", key)) for key in keys]
+    last = [measured("real images", None, to_x_0(real[1]), real[2])] if real else []
+    level = [one | {"scale": s} for one in last for s in (min(scales), max(scales))]  # drawn as a line
+    panels = [Panel(key, "scale", key, curves(rows + level, "guidance", "scale", key)) for key in keys]
     notes = ["diversity: mean rms distance per pixel of [0, 1] within a condition; sharpness: the share of"]
     notes += ["energy above 0.25 cycles a pixel; contrast: standard deviation; saturation: share at 0 or 255"]
     notes += claims(rows)
     if evaluator:
-        rows.append(measured("real images", None, to_x_0(data.images[second]), data.labels[second]))
         few = f"no Frechet distance: it takes more than {evaluator.dim} images on either side (--per-label)"
         same = "the classifier that guides is also the evaluator, which flatters it: see --guide RUN"
         notes += [few] * (not enough) + [same] * ("classifier" in denoisers and not settings.guide)
-    return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes)
+    return Result([*pairs(grids), Chart(panels, 4)], rows + last, model.folder, notes)
 
 
 def claims(rows: Sequence[dict]) -> list[str]:

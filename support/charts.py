@@ -168,14 +168,13 @@ def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[
         place.imshow(figure, interpolation="none")
         top -= tall + 0.015
     lines = aligned(rows)
-    size = min(8.0, wide * width * 72 / (0.61 * max(1, *map(len, lines))))  # in points: as wide as fits
+    high = max(5.0, (top - 0.03) * height * 72 / 1.15 / max(1, len(lines)))  # in points: all lines fit
+    size = min(8.0, high, wide * width * 72 / (0.61 * max(1, *map(len, lines))))  # in points: as wide as fits
     step = 1.15 * size / (72 * height)  # from line to line, as a share of the page
     fit = int((top - 0.03) / step)
     if len(lines) > fit:
-        lines = [
-            *lines[: fit - 1],
-            f"... and {len(lines) - fit + 1} rows more in the CSV (settings: config.json)",
-        ]
+        more = f"... and {len(lines) - fit + 1} rows more in the CSV (settings: config.json)"
+        lines = [*lines[: fit - 1], more]
     for i, line in enumerate(lines):
         page.text(margin, top - i * step, line, fontsize=size, family="monospace", va="top")
     return page

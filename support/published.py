@@ -54,6 +54,7 @@ def is_count(value: object, *divisors: int) -> bool:
 def network_fields(config: dict, what: str) -> Iterator[tuple[str, object]]:
     """Fields of config.json in the order to check them, and the value that makes the network ours of each."""
     # Where several values are right, that is the file's own, or if it is wrong, a text on what is right.
+    yield "_class_name", NETWORKS[what]["_class_name"]  # that of Stable Diffusion has another
     groups, widths, eps = config["norm_num_groups"], config["block_out_channels"], config["norm_eps"]
     yield "norm_num_groups", groups if is_count(groups) else "a whole number"
     levels = len(widths) if isinstance(widths, list) else 0
@@ -103,7 +104,7 @@ def published_name(folder: Path) -> str:
 def load_published(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     """Settings, in terms of our runs, and weights {our name: float32 tensor}; UserError if they don't fit."""
     path, pipeline = file.parent / "config.json", file.parent / ".."
-    theirs = read_json(path, "weights need the config.json that was published with them")
+    theirs = read_json(path, "it was published with the weights (Stable Diffusion is out of scope: README)")
     inside = os.path.basename(os.path.abspath(file.parent)) == "unet"
     latent = inside and ((pipeline / "vqvae").is_dir() or theirs.get("flip_sin_to_cos"))
     config = read_config(path, theirs, "ldm" if latent else "ddpm")

@@ -823,8 +823,28 @@ def test_guidance_of_an_unconditional_model_and_of_captions(analyse, runs, tmp_p
     result = analyse("guidance", runs / "text", *prompts, *flags)
     assert result.code == 0, result.err
     rows = rows_of(tmp_path / "b/guidance.csv")
-    assert [(r["guidance"], r["scale"], r["n"]) for r in rows] == [("cfg", "1", "4"), ("cfg", "3", "4")]
-    assert "accuracy" not in rows[0] and float(rows[0]["diversity"]) > 0
+    made = [("cfg", "1", "4"), ("cfg", "3", "4"), ("real images", "", "4")]
+    assert [(r["guidance"], r["scale"], r["n"]) for r in rows] == made
+    assert "accuracy" not in rows[0] and float(rows[0]["diversity"]) > 0 and rows[-1]["diversity"] == ""
+
+
+def test_guidance_measures_real_images_of_the_labels_where_there_are_any(analyse, runs, tmp_path):
+    flags = ["--per-label", 2, "--guidance-scale", "1,3", "--sample-steps", 2, "--labels", "1,7"]
+    assert analyse("guidance", runs / "ddpm_conditional_digits", *flags, "--out", "a").code == 0
+    *samples, real = rows_of(tmp_path / "a/guidance.csv")
+    data = utils.get_data("digits", image_size=8, limit=200)
+    high = measures.energy_bands(to_x_0(data.images[torch.isin(data.labels, torch.tensor([1, 7]))]))[:, 2]
+    assert real["guidance"] == "real images" and high.min() < float(real["sharpness"]) < high.max()
+    assert len(samples) == 2 and 0 < float(real["diversity"])
+    drawn = [p for p in rows_of(tmp_path / "a/guidance_curves.csv") if p["curve"] == "real images"]
+    level = {(p["x"], p["y"]) for p in drawn if p["chart"] == "sharpness"}
+    assert level == {("1", real["sharpness"]), ("3", real["sharpness"])}  # a line across the chart
+    state = torch.load(runs / "ddpm_conditional_digits/ckpt.pt", weights_only=True)
+    state["config"] |= {"dataset": "folder", "data_root": "gone"}
+    torch.save(state, "ckpt.pt")
+    result = analyse("guidance", "ckpt.pt", *flags, "--out", "b")
+    assert result.code == 0 and "no real images" in result.err and "--data-root" in result.err, result.err
+    assert [row["guidance"] for row in rows_of(tmp_path / "b/guidance.csv")] == ["cfg", "cfg"]
 
 
 def test_denoise_without_a_run_and_of_a_denoiser_alone(analyse, runs, tmp_path):
@@ -882,7 +902,13 @@ def test_the_iterative_way_is_shown_after_every_fifth_stride(analyse, runs, monk
     shown = []
     monkeypatch.setattr(analysis, "make_grid", lambda *a, **b: shown.append(b) or Image.new("RGB", (9, 9)))
     assert analyse("denoise", runs / "ddpm_digits", "--images", 2, "--out", "o").code == 0
-    heads = shown[1]["heads"]  # of T = 20: 990 is 20
+    for level in shown[:-1]:  # what was measured stands under the head of each column, one blur is the best
+        first, *heads = level["heads"]
+        values = [float(re.fullmatch(r".+\n(-?[0-9.]+) dB( \*)?", head)[1]) for head in heads]
+        blurs = {value: head for value, head in zip(values, heads, strict=True) if head.startswith("blur")}
+        assert first == "x_0" and len(blurs) == 3 and blurs[max(blurs)].endswith("*")
+        assert sum("*" in head for head in heads) == 1
+    heads = shown[-1]["heads"]  # of T = 20: 990 is 20
     fifth = [ddpm.at(990, 20), *ddpm.strided_timesteps(20)[1:-1]][::5]
     assert heads == [*(f"t = {t}" for t in fifth), "iterative", "one step", "blurred"]
 
@@ -940,6 +966,14 @@ def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch
     assert title == "settings" and figure.width > 100  # previews of both
     row = next(row for row in rows if row["setting"] == "weighting")
     assert list(row.values()) == ["weighting", "None", "p2"]
+
+
+def test_a_page_has_all_rows_of_a_long_table_as_long_as_they_can_be_read():
+    for rows, all_of_them in ((60, True), (110, True), (400, False)):
+        page = charts.draw_page("settings", "", None, [{"setting": k, "run": 1} for k in range(rows)])
+        lines = [text for text in page.texts if text.get_family() == ["monospace"]]
+        assert (len(lines) == rows + 1) == all_of_them
+        assert lines[0].get_fontsize() >= 5 and min(text.get_position()[1] for text in lines) > 0.02
 
 
 def test_report_tells_on_its_page_why_a_study_is_left_out(analyse, runs, monkeypatch):
@@ -1065,7 +1099,7 @@ def test_a_conditional_model_gets_the_label_of_each_image_and_the_figure_says_so
         data = utils.get_data("digits", image_size=8, limit=200)
         labels = data.labels[torch.randperm(200, generator=generator(0))[:3]]
         for y in seen:  # each image has its own label at every level, in every draw
-            assert torch.equal(y, labels.repeat(len(y) // 3))
+            assert torch.equal(y, labels.repeat(len(y) // 3) if len(y) > 1 else labels[:1])
     result = analyse("losses", runs / "p2", "--images", 4, "--out", "o")
     assert "condition" not in result.err + result.out
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save("mine.png")
