@@ -914,7 +914,7 @@ def guidance(settings: Settings, model: Model) -> Result:
         few = f"no Frechet distance: it takes more than {evaluator.dim} images on either side (--per-label)"
         same = "the classifier that guides is also the evaluator, which flatters it: see --guide RUN"
         notes += [few] * (not enough) + [same] * ("classifier" in denoisers and not settings.guide)
-    return Result([*pairs(grids), Chart(panels, 4)], rows + last, model.folder, notes)
+    return Result([*pairs(grids), Chart(panels)], rows + last, model.folder, notes)
 
 
 def claims(rows: Sequence[dict]) -> list[str]:
