@@ -246,7 +246,16 @@ def test_a_damaged_config_is_named(cli, tiny, text):
 
 def test_weights_without_their_config_are_refused(cli, tiny):
     (tiny / "config.json").unlink()
-    assert "config.json is missing" in error_line(cli(*SAMPLE, tiny))
+    line = error_line(cli(*SAMPLE, tiny))
+    assert "config.json is missing" in line and "Stable Diffusion is out of scope" in line
+
+
+def test_a_pipeline_of_stable_diffusion_is_refused_by_its_class(cli, tiny):
+    """Its UNet differs in many fields; the class says at once what it is."""
+    theirs = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "sample_size": 64}
+    theirs |= {"_class_name": "UNet2DConditionModel", "norm_num_groups": 32}
+    (tiny / "config.json").write_text(json.dumps({**TINY_CONFIG, **theirs}))
+    assert '_class_name is "UNet2DConditionModel"' in error_line(cli(*SAMPLE, tiny))
 
 
 def test_three_shapes_that_do_not_fit_are_named(cli, tiny):
