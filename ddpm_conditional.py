@@ -200,13 +200,12 @@ def conditional(command: Command, data: utils.Data, device: torch.device) -> lau
 
     def preview(net, epoch: int, path: Path) -> None:
         numbers = torch.arange(columns).repeat(len(names))  # the same noise in every row
-        y, x_0 = y_shown.repeat_interleave(columns, dim=0), []
-        how = space.shape, settings, config["seed"], device
+        y, x, how = y_shown.repeat_interleave(columns, 0), [], (space.shape, settings, config["seed"], device)
         for part in torch.arange(len(y)).split(launch.at_once(config)):
             eps_theta = guided_denoiser(diffusion, net, y[part].to(device), scale, guidance)  # 2.b
-            x_0.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)))
+            x.append(space.decode(ddpm.sample(diffusion, eps_theta, numbers[part].tolist(), *how)))
         caption = f"{name}, epoch {epoch}, {described(settings, guidance)}, scale {scale:g}"
-        save_picture(make_grid(torch.cat(x_0), caption, columns, rows=names), path)
+        save_picture(make_grid(torch.cat(x), caption, columns, rows=names), path)
 
     loss = partial(conditional_loss, diffusion, net.null, config["p_uncond"])  # 2.b: called with labels y
     return launch.Task("ddpm_conditional", net, loss, preview, EMA, data.images, y, keep, latents=latents)
@@ -268,9 +267,8 @@ def load_classifier(path: str, model: dict, device, guides: bool = True):
     classifier, _, theirs = ddpm.load_network(path, device, ("classifier",))
     for key in (*SAME_DATA, "noise_steps", "schedule") if guides else SAME_DATA:
         if theirs[key] != model[key]:
-            trained = f"--classifier {path} was trained with {flag(key)} {theirs[key]}"
-            instead = f"train one with --task classifier {flag(key)} {model[key]}"
-            raise UserError(f"{trained}, the model with {model[key]}: {instead}")
+            what = f"--classifier {path} was trained with {flag(key)} {theirs[key]}, the model with"
+            raise UserError(f"{what} {model[key]}: train one with --task classifier {flag(key)} {model[key]}")
     if theirs["class_names"] != model["class_names"]:
         raise UserError(f"--classifier {path} knows other classes than the model: train one on its data")
     scales = [(one.get("autoencoder") or {}).get("scale") for one in (theirs, model)]  # None: of pixels
@@ -284,8 +282,7 @@ def described(settings: ddpm.SamplerSettings, guidance: GuidanceSettings, kind: 
     """The sampler and the guidance, for a caption."""
     interval = guidance.guidance_interval and "{} to {}".format(*guidance.guidance_interval)
     options = dict(interval=interval, rescale=guidance.guidance_rescale, threshold=guidance.dynamic_threshold)
-    chosen = [f"{name} {value}" for name, value in options.items() if value]
-    return ", ".join([f"{settings}", f"{kind} guidance", *chosen])
+    return ", ".join([f"{settings}", f"{kind} guidance", *(f"{k} {v}" for k, v in options.items() if v)])
 
 
 def run_sampling(command: Command) -> None:

@@ -18,8 +18,6 @@ from support.files import damage
 from support.images import READ, image_files, labelled_folders, note_skipped, read_captions, splits_of
 from support.settings import COUNT, SWITCH, setting, settings
 
-HERE = Path(__file__).resolve().parent  # the folder of the project
-
 # Beta schedules: f(T) -> betas, shape (T,), float64, in (0, 1). betas[t - 1] is the papers' beta_t.
 #
 # A step of the forward process is x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps (DDPM, eq. 2); t steps
@@ -31,8 +29,8 @@ HERE = Path(__file__).resolve().parent  # the folder of the project
 #   that all T steps together add the same noise;
 # - leave little signal at T: alpha_bar_T <= 0.002. Sampling starts from pure noise. If there is signal at T,
 #   the network was never trained on pure noise. Such a schedule gets a note when it is used.
-
 MAX_BETA = 0.999  # beta = 1 would leave no signal, and x_0 could not be read off x_t
+HERE = Path(__file__).resolve().parent  # the folder of the project
 
 
 def scaled_betas(betas_at_1000: Tensor) -> Tensor:
@@ -90,13 +88,10 @@ def laplace(T: int) -> Tensor:
 
     Most steps lie near snr = 1, as if log snr were drawn from a Laplace distribution (Hang et al. 2024).
     """
-    b = 0.5
-
-    def alpha_bar(u: Tensor) -> Tensor:
-        log_snr = -b * (0.5 - u).sign() * (1 - 2 * (u - 0.5).abs()).log()
-        return log_snr.sigmoid()  # snr = alpha_bar / (1 - alpha_bar)
-
-    return betas_from_alpha_bar(alpha_bar, T)
+    b = 0.5  # and alpha_bar is the sigmoid of log snr, as snr = alpha_bar / (1 - alpha_bar)
+    return betas_from_alpha_bar(
+        lambda u: (-b * (0.5 - u).sign() * (1 - 2 * (u - 0.5).abs()).log()).sigmoid(), T
+    )
 
 
 def flow(T: int) -> Tensor:
@@ -168,9 +163,8 @@ def digits(root: Path, split: str) -> Source | None:
     if split != "train":
         return None
     with np.load(HERE / "data" / "digits.npz", allow_pickle=False) as file:
-        images, labels = file["images"], file["labels"]  # (1797, 8, 8) of 0..16, (1797,)
-    images = (images * (255 / 16)).round().astype(np.uint8)
-    return Source(images, labels.tolist(), list("0123456789"), flip=False, image_size=16, channels=1)
+        images, labels = (file["images"] * (255 / 16)).round(), file["labels"].tolist()  # 8x8, of 0..16
+    return Source(images.astype(np.uint8), labels, list("0123456789"), flip=False, image_size=16, channels=1)
 
 
 def from_torchvision(name: str, root: Path, **options) -> torch.utils.data.Dataset:
@@ -178,10 +172,9 @@ def from_torchvision(name: str, root: Path, **options) -> torch.utils.data.Datas
     try:
         return getattr(torchvision.datasets, name)(str(root), download=True, **options)
     except Exception as error:  # of the network, of archives, of parsers
-        missing = f"{name} is not there, or is damaged, under {root}, and could not be downloaded"
         why = " ".join(str(error).split())
-        cure = "check the network, or copy it there, or name its --data-root"
-        raise UserError(f"{missing} ({why}): {cure}") from None
+        missing = f"{name} is not there, or is damaged, under {root}, and could not be downloaded ({why})"
+        raise UserError(f"{missing}: check the network, or copy it there, or name its --data-root") from None
 
 
 def mnist(root: Path, split: str) -> Source:
@@ -241,8 +234,7 @@ def folder(root: Path, split: str) -> Source | None:
         listed, captions = read_captions(root / "metadata.jsonl")
         source = Source(listed, captions=captions, flip=False, root=root)
     else:  # what most of the images say
-        source = Source(files, labels, class_names) if len(files) > len(flat) else Source(flat)
-        source.root = root
+        source = Source(*([files, labels, class_names] if len(files) > len(flat) else [flat]), root=root)
     if not source.images:
         raise UserError(f"folder {root} holds no images ({READ})")
     if (left := len(flat) + len(files) - len(source.images)) > 0:
@@ -270,12 +262,9 @@ def array_file(path: Path) -> Source:
 
 
 def shapes(root: Path, split: str, count: int = 20000) -> Source:
-    """`count` drawn scenes of one or two coloured shapes with captions, always the same (support/scenes.py).
-
-    The pairs of colour and shape in scenes.HELD_OUT are only in the "test" split, which has no others.
-    """
+    """`count` scenes of one or two coloured shapes with captions, always the same (support/scenes.py)."""
     pairs = [(colour, shape) for colour in scenes.COLOURS for shape in scenes.SHAPES]
-    pairs = [pair for pair in pairs if (pair in scenes.HELD_OUT) == (split == "test")]
+    pairs = [pair for pair in pairs if (pair in scenes.HELD_OUT) == (split == "test")]  # all of "test" are
     drawn = [scenes.make_scene(int(split == "test"), index, pairs) for index in range(count)]
     return Source(drawn, captions=[scene.caption for scene in drawn], flip=False, image_size=32)
 
@@ -312,9 +301,8 @@ class DataSettings:
 def get_data(dataset: str, data_root="data", split="train", **options) -> Data:
     """A data set of DATASETS as one array, decoded and resized once and cached on disk.
 
-    `options` are image_size, channels, limit, workers and cache_dir of DataSettings. `limit` takes the first
-    images of a fixed shuffle; for shapes it is the number drawn. UserError where there is no such data set,
-    split or folder, or no image in it can be read.
+    `options` are image_size, channels, limit, workers and cache_dir of DataSettings. UserError where there is
+    no such data set, split or folder, or no image in it can be read.
     """
     how = DataSettings(**options)
     if dataset not in DATASETS:
@@ -349,9 +337,8 @@ def get_data(dataset: str, data_root="data", split="train", **options) -> Data:
     return Data(torch.from_numpy(array), labels, source.class_names, source.captions, source.flip, skipped)
 
 
-def subset(source: Source, index: np.ndarray) -> Source:
-    """The images of a source at the positions `index`, with their labels or captions."""
-    images = source.images
-    images = images[index] if isinstance(images, np.ndarray) else [images[i] for i in index]
-    labels, captions = (some and [some[i] for i in index] for some in (source.labels, source.captions))
+def subset(source: Source, at: np.ndarray) -> Source:
+    """The images of a source at those positions, with their labels or captions."""
+    images = source.images[at] if isinstance(source.images, np.ndarray) else [source.images[i] for i in at]
+    labels, captions = (some and [some[i] for i in at] for some in (source.labels, source.captions))
     return replace(source, images=images, labels=labels, captions=captions)

@@ -89,8 +89,7 @@ def write_cache(cache_file: Path, shape: tuple[int, ...], chunks: Iterator[tuple
         for images, positions in chunks:
             file.write(images.tobytes())
             kept += positions
-        image = math.prod(shape[1:]) * np.dtype(dtype).itemsize  # bytes
-        file.seek((shape[0] - len(kept)) * image, os.SEEK_CUR)  # leaves zeros
+        file.seek((shape[0] - len(kept)) * math.prod(shape[1:]) * np.dtype(dtype).itemsize, os.SEEK_CUR)
         np.save(file, np.array(kept, dtype=np.int64))
 
 

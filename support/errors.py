@@ -97,26 +97,25 @@ class Lasting:
 
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's main(): an error that its user can put right is one line on stderr and exit status 2."""
-    name = Path(sys.argv[0]).name
+    name, out, nowhere = Path(sys.argv[0]).name, Lasting(sys.stdout), Lasting(None)
+    err = Lasting(sys.stderr) if sys.stderr else out
     silent = int(os.environ.get("LOCAL_RANK", 0)) > 0  # then another process of this machine prints
+    shown = nowhere if silent else err
 
-    def fail(message: str, silent: bool = False) -> int:
-        if not silent:
-            print(f"{name}: error: {message}", file=err)
+    def fail(message: str, file: Lasting = err) -> int:
+        print(f"{name}: error: {message}", file=file)
         return 2
 
-    out, nowhere = Lasting(sys.stdout), Lasting(None)
-    err = Lasting(sys.stderr) if sys.stderr else out
     try:
-        with redirect_stdout(nowhere if silent else out), redirect_stderr(nowhere if silent else err):
+        with redirect_stdout(nowhere if silent else out), redirect_stderr(shown):
             main()
     except LostProcess as error:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
     except UserError as error:
-        sys.exit(fail(str(error), silent))
+        sys.exit(fail(str(error), shown))
     except (RuntimeError, MemoryError, OSError) as error:
         if is_lost(error):
-            os._exit(fail("another process has ended, and so does this one", silent))
+            os._exit(fail("another process has ended, and so does this one", shown))
         if isinstance(error, OSError) and not is_out_of_memory(error):
             where = f": {error.filename}" if error.filename else ""
             sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
@@ -126,8 +125,7 @@ def run_main(main: Callable[[], None]) -> None:
         take = "add" if resumed else "lower --batch-size; a training run also takes"
         sys.exit(fail(f"out of memory: {take} --accumulate PARTS and --checkpointing"))
     except KeyboardInterrupt:
-        if not silent:
-            print(f"{name}: stopped", file=err)
+        print(f"{name}: stopped", file=shown)
         sys.exit(130)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

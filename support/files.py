@@ -40,9 +40,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     removed = True
     while removed:  # a new file beside `path`, of this writer alone, locked as long as it is open
         file = open(path.with_name(f"{secrets.token_hex(4)}.{path.name}.tmp"), "xb")
-        with suppress(OSError):  # of file systems without locks
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError, AttributeError):  # of file systems without locks, and of Windows
+            fcntl.flock(file, fcntl.LOCK_EX)
         removed = fcntl and not os.fstat(file.fileno()).st_nlink  # as a leftover, before it was locked
     try:
         with file:
@@ -155,7 +154,6 @@ def damage(path: Path) -> str | None:
 def digest(array: torch.Tensor) -> str:
     """A hash of an array's shape and bytes; of a large one, of 1 GiB evenly spread, which takes seconds."""
     found = hashlib.sha256(str(tuple(array.shape)).encode())
-    every = max(1, math.ceil(array.numel() * array.element_size() / 2**30))
-    for part in array[::every].split(256):
+    for part in array[:: max(1, math.ceil(array.numel() * array.element_size() / 2**30))].split(256):
         found.update(part.contiguous().numpy().tobytes())
     return found.hexdigest()[:16]

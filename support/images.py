@@ -89,15 +89,14 @@ def splits_of(root: Path) -> dict[str, Path]:
 def read_captions(path: Path) -> tuple[list[Path], list[str]]:
     """Files and captions of a metadata.jsonl, one JSON object a line with `file_name` and `text`."""
     files, captions = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for n, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:  # from bytes: where they are no UTF-8, that is an error
             if line.strip():
                 entry = json.loads(line)
                 files.append(path.parent / entry["file_name"])
                 captions.append("" + entry["text"])  # a TypeError where it is no text
         except (ValueError, KeyError, TypeError, RecursionError):
-            what = damage(path) or f"expected {CAPTION}, in UTF-8"
-            raise UserError(f"{path}, line {number}: {what}") from None
+            raise UserError(f"{path}, line {n}: {damage(path) or f'expected {CAPTION}, in UTF-8'}") from None
     if not files:
         raise UserError(f"{path} names no images")
     return files, captions

@@ -77,8 +77,7 @@ def encoded(space, images: Tensor, part: dict, command: Command) -> tuple[Tensor
             for part in torch.arange(len(images)).split(AT_ONCE):
                 x = to_x_0(images[part])
                 both = [x, x.flip(-1)] if command["flip"] else [x]  # the second is the mirror image
-                z = torch.stack([space.encode(x) for x in both], dim=1)
-                yield z.half().cpu().numpy(), part.tolist()
+                yield torch.stack([space.encode(x) for x in both], dim=1).half().cpu().numpy(), part.tolist()
                 bar.update(len(part))
 
     cache_file = Path(command["cache_dir"]) / f"{command['dataset']}_latents_{key.hexdigest()[:16]}.npy"

@@ -100,11 +100,7 @@ def load_data(command: Command, get_data: Callable, narrow: bool):
 
 
 def run_training(command: Command, get_data, narrow: set[str], tasks: dict, train, kinds) -> None:
-    """Train as the settings say, in a new run folder, or go on with --resume's, of one of the `kinds`.
-
-    `tasks[name](command, data, device)` gives a Task, `train(loss, trainer)` is the loop; data sets in
-    `narrow` take a narrow network.
-    """
+    """Train as the settings say, in a new run folder, or go on with --resume's, of one of the `kinds`."""
     machine, training, place = command[MachineSettings], command[TrainingSettings], command[runs.RunSettings]
     device = get_device(machine.device)
     processes = join_processes(device)
@@ -114,9 +110,9 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
         command.check()
     dataset = command["dataset"]
     with processes.in_turns() if processes.count > 1 else nullcontext():
-        data = load_data(command, get_data, dataset in narrow)
+        data = load_data(command, get_data, dataset in narrow)  # these data sets take a narrow network
         torch.manual_seed(machine.seed)
-        task = tasks[command["task"]](command, data, device)
+        task: Task = tasks[command["task"]](command, data, device)
     count, parts, batch = processes.count, training.accumulate, min(training.batch_size, len(task.images))
     if count > batch:
         raise UserError(f"{count} processes for a batch of {batch} images: lower --nproc_per_node")
@@ -141,9 +137,10 @@ def run_training(command: Command, get_data, narrow: set[str], tasks: dict, trai
         print(f"results  in {run}/")
         trainer = Trainer(net, task.average, loader, run, training, machine, task.preview)
         trainer.keep, trainer.tested = {"kind": task.kind, **keep}, task.tested
+        trainer.columns += task.tested.columns if task.tested else ()
         if resume:
             trainer.resume(resume)
-        train(task.loss, trainer)
+        train(task.loss, trainer)  # the loop
     if processes.rank > 0:
         return
     last_grid = run / "samples" / f"epoch_{training.epochs:04d}.png"

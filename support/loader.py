@@ -16,11 +16,7 @@ from .processes import Processes
 
 
 class Loader:
-    """Batches of a data set, sliced from its one array (N, C, H, W) uint8: no Python runs per image.
-
-    The order and the flips of an epoch depend on (seed, epoch) alone, so a run can be resumed at any batch.
-    `y` (N, ...) goes with the images: labels, or captions as tokens. Processes share every batch.
-    """
+    """Batches of one array of images (N, C, H, W) uint8, no Python per image, and of y (N, ...), if given."""
 
     def __init__(self, images, batch_size, device="cpu", y=None, flip=False, seed=0, processes=None):
         self.batch_size, self.device, self.flip, self.seed = batch_size, torch.device(device), flip, seed
@@ -34,6 +30,7 @@ class Loader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batches of an epoch from number `start` on: x_0 (B, C, H, W) in [-1, 1], and y (B, ...) or None."""
+        # The order and the flips depend on (seed, epoch) alone, so a run can be resumed at any batch.
         generator, n, where = seeded_generator(self.seed, epoch), len(self.images), self.images.device
         large, pin = self.images.numel() > MAPPED, not self.resident and self.device.type == "cuda"
         order = self.shuffled(generator) if large else torch.randperm(n, generator=generator)
@@ -49,8 +46,7 @@ class Loader:
                 x_0, other = (images[:, which].float() * self.scale for which in (0, -1))
             else:
                 x_0, other = to_x_0(images), to_x_0(images.flip(-1))
-            if self.flip:
-                x_0 = torch.where(mirror[:, None, None, None], other, x_0)
+            x_0 = torch.where(mirror[:, None, None, None], other, x_0) if self.flip else x_0
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 
     def shuffled(self, generator: torch.Generator) -> Tensor:

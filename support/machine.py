@@ -5,10 +5,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Container
-from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .errors import UserError, first_line, is_out_of_memory, note
@@ -60,8 +58,7 @@ def to_device(net: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 def half_precision(precision: str, device: torch.device, net: torch.nn.Module) -> torch.dtype | None:
     """The 16-bit type to compute in, or None; "auto" takes one that gains. UserError where there is none."""
     if precision != "auto":
-        half = PRECISIONS[precision]
-        if half and time_convolution(half, device) == math.inf:
+        if (half := PRECISIONS[precision]) and time_convolution(half, device) == math.inf:
             raise UserError(f"{device} can't compute in {precision}: use --precision fp32")
         return half
     if device.type == "cuda":  # tensor cores take float16 from 7.0 on, bfloat16 from 8.0 on
@@ -118,19 +115,11 @@ def compile_forward(net: torch.nn.Module, graphs: bool) -> None:
     net.forward = forward
 
 
-def recompute_activations(net: torch.nn.Module) -> None:
-    """Let the blocks with `recompute` keep no activations for the backward pass, but compute them again."""
-    for block in net.modules():
-        if getattr(block, "recompute", False):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
 def speed_up_sampling(net: torch.nn.Module, machine: MachineSettings, device: torch.device) -> None:
     """Make a trained network sample faster, in place: in 16 bits where that gains, compiled if asked for."""
     if half := half_precision(machine.precision, device, net):
-        for module in net.modules():  # weights once, and not at every step; norms stay in float32
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
-                module.to(half)
+        for module in (m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))):
+            module.to(half)  # weights once, and not at every step; norms stay in float32
         net.forward = torch.autocast(device.type, half)(net.forward)
     if machine.compile:
         compile_forward(net, graphs=device.type == "cuda")

@@ -31,9 +31,8 @@ def ssim(x: Tensor, x_0: Tensor) -> Tensor:
     row, column = (partial(gaussian_blur, kernel_size=k, sigma=[1.5, 1.5]) for k in ([width, 1], [1, width]))
     mean_x, mean_0, xx, oo, xo = (row(column(z)) for z in (x, x_0, x * x, x_0 * x_0, x * x_0))
     var_x, var_0, cov, c_1, c_2 = xx - mean_x**2, oo - mean_0**2, xo - mean_x * mean_0, 0.01**2, 0.03**2
-    above = (2 * mean_x * mean_0 + c_1) * (2 * cov + c_2)
     below = (mean_x**2 + mean_0**2 + c_1) * (var_x + var_0 + c_2)
-    return (above / below).mean((1, 2, 3))
+    return ((2 * mean_x * mean_0 + c_1) * (2 * cov + c_2) / below).mean((1, 2, 3))
 
 
 def in_bands(spectrum: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ def turned(degrees: int) -> View:
     """A counter-clockwise rotation; only quarter turns map pixels to pixels."""
     if degrees % 90:
         return View(partial(rotate, angle=degrees), partial(rotate, angle=-degrees))
-    k = degrees // 90
-    return View(partial(torch.rot90, k=k, dims=(2, 3)), partial(torch.rot90, k=-k, dims=(2, 3)))
+    return View(*(partial(torch.rot90, k=k, dims=(2, 3)) for k in (degrees // 90, -degrees // 90)))
 
 
 def jigsaw(size: int, pieces: int, seed: int) -> View:
@@ -35,14 +34,10 @@ def jigsaw(size: int, pieces: int, seed: int) -> View:
     return View(partial(rearrange, order=order), partial(rearrange, order=order.argsort()))
 
 
-VIEWS = {  # view(size of the image, pieces, seed)
-    "flip": lambda size, pieces, seed: View(partial(torch.flip, dims=(2,)), partial(torch.flip, dims=(2,))),
-    "mirror": lambda size, pieces, seed: View(partial(torch.flip, dims=(3,)), partial(torch.flip, dims=(3,))),
-    "rotate90": lambda size, pieces, seed: turned(90),
-    "rotate180": lambda size, pieces, seed: turned(180),
-    "negative": lambda size, pieces, seed: View(torch.neg, torch.neg),
-    "jigsaw": jigsaw,
-}
+FLIP, MIRROR = (partial(torch.flip, dims=(dim,)) for dim in (2, 3))  # each undoes itself
+VIEWS = {"flip": lambda *_: View(FLIP, FLIP), "mirror": lambda *_: View(MIRROR, MIRROR)}
+VIEWS |= {"rotate90": lambda *_: turned(90), "rotate180": lambda *_: turned(180)}
+VIEWS |= {"negative": lambda *_: View(torch.neg, torch.neg), "jigsaw": jigsaw}  # (image size, pieces, seed)
 
 
 def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:

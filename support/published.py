@@ -28,16 +28,11 @@ UNET |= dict(center_input_sample=False, class_embed_type=None, downsample_type="
 UNET |= dict(time_embedding_type="positional", resnet_time_scale_shift="default", num_class_embeds=None)
 UNET |= dict(add_attention=True, attn_norm_num_groups=None, downsample_padding=0, upsample_type="conv")
 UNET |= dict(mid_block_type="UNetMidBlock2D")
-NETWORKS = {
-    "ddpm": UNET,
-    "ldm": {**UNET, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
-    "vqvae": dict(_class_name="VQModel", act_fn="silu", norm_type="group", mid_block_add_attention=True),
-}
-DEFAULTS = {  # of fields that config.json leaves out. VQ latents have a variance near 1: LDM, appendix D.1
-    "ddpm": {"norm_num_groups": 32, "norm_eps": 1e-6},
-    "ldm": {"norm_num_groups": 32, "norm_eps": 1e-5, "attention_head_dim": 8},
-    "vqvae": {"norm_num_groups": 32, "norm_eps": 1e-6, "scaling_factor": 1},
-}
+LDM = UNET | dict(flip_sin_to_cos=True, freq_shift=0, downsample_padding=1)
+VQVAE = dict(_class_name="VQModel", act_fn="silu", norm_type="group", mid_block_add_attention=True)
+NETWORKS = {"ddpm": UNET, "ldm": LDM, "vqvae": VQVAE}
+# defaults of config.json, beside two in read_config. VQ latents have a variance near 1: LDM, appendix D.1
+DEFAULTS = {"ddpm": {}, "ldm": {"norm_eps": 1e-5, "attention_head_dim": 8}, "vqvae": {"scaling_factor": 1}}
 NOISE = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, num_train_timesteps=1000)  # defaults of
 NOISE |= dict(prediction_type="epsilon", trained_betas=None, clip_sample_range=1)  # scheduler_config.json
 LDM_NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
@@ -150,31 +145,28 @@ def read_config(path: Path, theirs: dict, what: str) -> dict:
     for name in ("block_out_channels", "down_block_types", "in_channels", "layers_per_block", "sample_size"):
         if name not in theirs:
             raise UserError(f"{path} lacks {name}: it does not describe a network of this kind")
-    theirs = {**DEFAULTS[what], **theirs}
+    theirs = {"norm_num_groups": 32, "norm_eps": 1e-6, **DEFAULTS[what], **theirs}
     check_fields(path, theirs, network_fields(theirs, what))
     widths, size, codes = (theirs.get(n) for n in ("block_out_channels", "sample_size", "num_vq_embeddings"))
     form = {"head_dim": theirs.get("attention_head_dim"), "cosines": True, "shift": 0, "padding": 1}
     kind = "published_autoencoder" if what == "vqvae" else "published"
     attention = [level for level, block in enumerate(theirs["down_block_types"]) if block.startswith("Attn")]
-    return {
-        **{"kind": kind, "name": published_name(path.parent), "dataset": None, "class_names": None},
-        **{"form": form if what == "ldm" else None, "codes": codes, "scale": theirs.get("scaling_factor")},
-        **{"latent_channels": theirs.get("latent_channels"), "weighting": None, "sampler": "ddim"},
-        **{"image_size": size, "channels": theirs["in_channels"], "blocks": theirs["layers_per_block"]},
-        **{"width": widths[0], "multipliers": [width // widths[0] for width in widths], "dropout": 0.0},
-        **{"attention": attention, "norm_groups": theirs["norm_num_groups"], "patch": 1},
-        **{"norm_eps": theirs["norm_eps"], "noise_steps": 1000, "schedule": "linear", "prediction": "eps"},
-    }
+    ours = dict(kind=kind, name=published_name(path.parent), dataset=None, class_names=None, weighting=None)
+    ours |= dict(form=form if what == "ldm" else None, codes=codes, scale=theirs.get("scaling_factor"))
+    ours |= dict(latent_channels=theirs.get("latent_channels"), channels=theirs["in_channels"], dropout=0.0)
+    ours |= dict(image_size=size, width=widths[0], multipliers=[width // widths[0] for width in widths])
+    ours |= dict(blocks=theirs["layers_per_block"], attention=attention, patch=1, norm_eps=theirs["norm_eps"])
+    ours |= dict(norm_groups=theirs["norm_num_groups"], noise_steps=1000, schedule="linear", sampler="ddim")
+    return ours | {"prediction": "eps"}
 
 
 def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, object]]) -> None:
     """UserError for the first field that has another value than the one wanted, or is unknown and set."""
     known = set(FREE)
-    for name, wanted in wanted_fields:
-        known.add(name)
-        if name in config and config[name] != wanted:
-            what = f"{path}: {name} is {dumps(config[name])}"
-            raise UserError(f"{what}; the network here is the one with {dumps(wanted)}")
+    for key, right in wanted_fields:
+        known.add(key)
+        if key in config and (own := config[key]) != right:
+            raise UserError(f"{path}: {key} is {dumps(own)}; the network here is the one with {dumps(right)}")
     for name, value in config.items():
         if value and name not in known and not name.startswith("_"):
             raise UserError(f"{path}: {name} is {dumps(value)}, which is unknown here: it may change numbers")
@@ -182,8 +174,7 @@ def check_fields(path: Path, config: dict, wanted_fields: Iterable[tuple[str, ob
 
 def renamed(name: str, weight: torch.Tensor) -> tuple[str, torch.Tensor]:
     """A weight's name and value in our UNet, where attention has 1x1 convolutions for linear layers."""
-    if "attentions" in name and weight.ndim == 2:
-        weight = weight[:, :, None, None]  # (C, C, 1, 1)
+    weight = weight[:, :, None, None] if "attentions" in name and weight.ndim == 2 else weight  # (C, C, 1, 1)
     for pattern, ours in NAMES:
         name = re.sub(pattern, ours, name)
     return name, weight

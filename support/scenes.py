@@ -10,17 +10,13 @@ from PIL import Image, ImageDraw
 COLOURS = dict(red=(230, 30, 30), green=(20, 170, 40), blue=(40, 70, 240), yellow=(250, 220, 20))
 COLOURS |= dict(purple=(150, 40, 190), orange=(250, 135, 10))
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "gray": (128, 128, 128)}
+# Corners of shapes in units of the radius, y down; a circle has none.
+SQUARE = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
 STAR = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5)) for k, r in enumerate((1, 0.42) * 5)]
-SHAPES = {  # corners in units of the radius, y down; a circle has none
-    "circle": [],
-    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)],
-    "star": STAR,
-    "cross": [
-        *((-0.3, -1), (0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3)),
-        *((0.3, 1), (-0.3, 1), (-0.3, 0.3), (-1, 0.3), (-1, -0.3), (-0.3, -0.3)),
-    ],
-}
+ARM = [(-0.3, -1), (0.3, -1), (0.3, -0.3)]  # of a cross, which has four, each a quarter turn from the last
+CROSS = [((x, y), (-y, x), (-x, -y), (y, -x))[turns] for turns in range(4) for x, y in ARM]
+SHAPES = {"circle": [], "square": SQUARE, "triangle": [(0, -1), (0.95, 0.8), (-0.95, 0.8)]}
+SHAPES |= {"star": STAR, "cross": CROSS}
 SIZES = {"small": (0.13, 0.15), "large": (0.2, 0.22)}  # smallest and largest radius, in units of the image
 # Pairs that no training image shows: prompts with them test whether the model combines colour and shape.
 HELD_OUT = set(dict(green="circle", yellow="square", orange="triangle", red="star", blue="cross").items())
@@ -55,8 +51,7 @@ def make_scene(seed: int, index: int, pairs: Sequence[tuple[str, str]]) -> Scene
 
     def shape_at(*sides: int) -> tuple[tuple[Shape], str]:
         """One shape, on that side (-1, 0 or 1) of the middle, right and down, and its description."""
-        colour, shape = pairs[rng.integers(len(pairs))]
-        size = ["small", "large"][rng.integers(2)]
+        (colour, shape), size = pairs[rng.integers(len(pairs))], ["small", "large"][rng.integers(2)]
         radius = between(*SIZES[size])
         near, far = 0.03 + radius, 0.49 - radius  # from the middle: two shapes never touch, nor the edge
         x, y = (0.5 + side * between(near, far) if side else between(0.45, 0.55) for side in sides)

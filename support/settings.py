@@ -128,10 +128,9 @@ class Command:
     def take_from(self, config: dict, free: set[str] | None = None) -> None:
         """Take the settings of a run, but for those typed among `free`; UserError for another one typed."""
         free = free or {name for name, row in self.rows.items() if row.get("resume")}  # which --resume takes
-        for name in sorted(self.typed - free):
-            if self[name] != config.get(name):
-                made = f"the run was made with {flag(name)} {config.get(name)}, not {self[name]}"
-                raise UserError(f"{made}: leave the flag out, or start afresh")
+        for name in (name for name in sorted(self.typed - free) if self[name] != config.get(name)):
+            made = f"the run was made with {flag(name)} {config.get(name)}, not {self[name]}"
+            raise UserError(f"{made}: leave the flag out, or start afresh")
         self.settle({name: value for name, value in config.items() if name in self.config()})
 
 

@@ -103,8 +103,7 @@ def check_has(data, name: str, what: str) -> None:
     other, condition = ("captions", "text") if what == "labels" else ("labels", "label")
     read = f"labels are read from sub-folders, one a class, captions from a metadata.jsonl of {CAPTION}; or "
     cure = read * (name == "folder") + "choose another --dataset"
-    if getattr(data, other) is not None:
-        cure = f"train it with --condition {condition}"
+    cure = f"train it with --condition {condition}" if getattr(data, other) is not None else cure
     if getattr(data, what) is None:
         raise UserError(f"data set {name} has no {what}: {cure}")
 

@@ -6,18 +6,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .errors import Stopped, UserError, first_line, is_out_of_memory, note, stop_on_signal
 from .files import replacing
 from .generators import BatchShare, Generators
 from .loader import Loader
-from .machine import MachineSettings, compile_forward, half_precision, recompute_activations
+from .machine import MachineSettings, compile_forward, half_precision
 from .runs import log_rows
 from .settings import COUNT, POSITIVE, real, setting, settings, whole
 
@@ -66,10 +68,11 @@ class Trainer:
         self.generator = torch.Generator(device).manual_seed(machine.seed)
         self.steps, self.loss_sum, self.resumed = 0, 0.0, False  # steps done; sum of this epoch's losses
         self.rows, self.logged = [], True  # of log.csv; whether all could be written
-        self.tested = None  # it has a measure(averaged network) after each epoch, and its columns of log.csv
+        self.tested, self.columns = None, LOG  # tested.measure(averaged network) fills further columns
         self.pending: list[Tensor] = []  # loss and gradient norm of the last few steps, still on the device
-        if settings.checkpointing:
-            recompute_activations(net)
+        for block in net.modules() if settings.checkpointing else ():
+            if getattr(block, "recompute", False):  # keeps no activations, but computes them again
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if machine.compile:  # the next call of a CUDA graph overwrites gradients, which --accumulate adds to
             compile_forward(net, graphs=device.type == "cuda" and settings.accumulate == 1)
         half = half_precision(machine.precision, device, net)
@@ -96,7 +99,7 @@ class Trainer:
             if not self.resumed:
                 self.save()  # from here on there is always a checkpoint
             elif self.rows and self.processes.first:  # perhaps the last ones could not be written
-                self.write_log()
+                log_rows(self.run / "log.csv", self.columns, self.rows)
             for epoch in range(self.steps // per_epoch + 1, epochs + 1):
                 bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
                 started, seen = time.monotonic(), 0
@@ -116,8 +119,7 @@ class Trainer:
     def parts_of(self, x_0: Tensor, y: Tensor | None, batch: int) -> Iterator[tuple]:
         """This process's share of a batch of `batch` images, in --accumulate parts; neither changes draws."""
         total, count = self.settings.epochs * self.loader.batches, self.processes.count
-        warmup = min(self.settings.warmup, total // 10)
-        taken = self.steps - self.skipped
+        warmup, taken = min(self.settings.warmup, total // 10), self.steps - self.skipped
         rate = self.lr * (taken + 1) / (warmup + 1)  # linear, then half a cosine from the peak to 0
         if taken >= warmup:
             rate = self.lr * 0.5 * (1 + math.cos(math.pi * (taken - warmup) / (total - warmup)))
@@ -186,15 +188,11 @@ class Trainer:
         if epoch % settings.save_every == 0 or last or stopping:
             self.save()
         if self.processes.first and (self.logged or last or stopping or epoch % 10 == 0):  # a locked one
-            self.logged = self.write_log()  # takes seconds to try
+            self.logged = log_rows(self.run / "log.csv", self.columns, self.rows)  # takes seconds to try
         if stopping and not last:
             raise Stopped
         if self.preview and self.processes.first and (last or epoch % (settings.preview_every or 1) == 0):
             self.draw_preview(epoch)
-
-    def write_log(self) -> bool:
-        """Write log.csv; False where that fails."""
-        return log_rows(self.run / "log.csv", LOG + (self.tested.columns if self.tested else ()), self.rows)
 
     def draw_preview(self, epoch: int) -> None:
         """Draw a preview in the run's precision; a note where there is too little memory for it."""
@@ -211,8 +209,7 @@ class Trainer:
         values = (self.processes.add(torch.stack(self.pending)) / self.processes.count).tolist()
         for step, (loss, norm) in enumerate(values, start=self.steps - len(values) + 1):
             if not math.isfinite(loss) or not math.isfinite(norm):
-                what = "loss" if not math.isfinite(loss) else "gradient"
-                raise self.lost(f"{what} is not finite", step)
+                raise self.lost(f"{'gradient' if math.isfinite(loss) else 'loss'} is not finite", step)
             self.loss_sum += loss
         self.pending.clear()
 
@@ -241,9 +238,8 @@ class Trainer:
                 file.write(buffer.getbuffer())
         except OSError as error:
             left = "the previous checkpoint is untouched" if path.is_file() else "there is no checkpoint yet"
-            cure = "make room, or choose another --runs"
-            if isinstance(error, PermissionError):
-                cure = "close the program that has it open, or allow writing, or choose another --runs"
+            cure = "close the program that has it open, or allow writing" * isinstance(error, PermissionError)
+            cure = f"{cure or 'make room'}, or choose another --runs"
             raise UserError(f"can't write {path}: {error.strerror}; {left}: {cure}") from None
 
     def resume(self, checkpoint: dict) -> None:

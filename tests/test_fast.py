@@ -13,7 +13,7 @@ from PIL import Image
 
 import ddpm
 from modules import EMA, UNet
-from support import machine
+from support import machine, trainer
 from support.errors import UserError
 from support.images import to_x_0
 from support.loader import Loader
@@ -100,7 +100,7 @@ def counted(monkeypatch, place, name):
 
 def test_accumulated_and_checkpointed_runs_are_the_same(cli, monkeypatch):
     losses = counted(monkeypatch, ddpm.Diffusion, "loss")
-    stages = counted(monkeypatch, machine, "checkpoint")
+    stages = counted(monkeypatch, trainer, "checkpoint")
     cli(*TINY, "--name", "plain")
     assert len(losses) == 6 and not stages
     cli(*TINY, "--name", "parts", "--accumulate", "3")
