@@ -52,7 +52,7 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(next(n for n in range(most, 0, -1) if channels % n == 0), channels, eps=1e-6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # a CPU is far slower in bfloat16
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)  # as x; bfloat16 is slow on a CPU
 
 
 def init_layer(layer: nn.Module, zero: bool = False) -> nn.Module:
@@ -80,13 +80,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor | None) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
-        emb = 0 if self.time is None else self.time(F.silu(emb))[:, :, None, None]
+        emb = 0 if self.time is None else self.time(F.silu(emb))[:, :, None, None]  # (B, c_out, 1, 1)
         if self.adagn:
-            scale, shift = emb.chunk(2, dim=1)  # (B, c_out, 1, 1) each
-            h = (1 + scale) * self.norm2(h) + shift
+            scale, shift = emb.chunk(2, dim=1)  # of 2 c_out: (B, c_out, 1, 1) each
+            h = (1 + scale) * self.norm2(h) + shift  # (B, c_out, H, W)
         else:
-            h = self.norm2(h + emb)
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))
+            h = self.norm2(h + emb)  # (B, c_out, H, W)
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h)))  # (B, c_out, H, W)
 
 
 Context = tuple[torch.Tensor, torch.Tensor]  # encoded tokens (B, L, D), and which are no padding (B, L)
@@ -109,22 +109,23 @@ class Attention(nn.Module):
         self.context = init_layer(nn.Linear(context_dim, 2 * channels)) if context_dim else None
 
     def forward(self, x: torch.Tensor, context: Context | None = None) -> torch.Tensor:
-        h, mask, dtype = self.norm(x), None, self.out.weight.dtype
+        h, mask, dtype = self.norm(x), None, self.out.weight.dtype  # (B, C, H, W)
         if self.place is not None:
-            lines = (torch.linspace(-math.pi / 2, math.pi / 2, n, device=x.device) for n in x.shape[2:])
+            lines = (torch.linspace(-math.pi / 2, math.pi / 2, n, device=x.device) for n in h.shape[2:])
             angles = torch.stack(torch.meshgrid(*lines, indexing="ij"))  # (2, H, W), of y and of x
-            codes = torch.cat([angles.sin(), angles.cos(), (2 * angles).sin(), (2 * angles).cos()])
-            h = h + self.place(codes[None].to(h.dtype))
+            waves = angles.sin(), angles.cos(), (2 * angles).sin(), (2 * angles).cos()  # (2, H, W) each
+            h = h + self.place(torch.cat(waves)[None].to(h.dtype))  # of (1, 8, H, W); (B, C, H, W)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, HW, C)
         if context is not None:
-            tokens, real = context
+            tokens, real = context  # (B, L, D), (B, L)
             k_text, v_text = self.context(tokens).chunk(2, dim=-1)  # (B, L, C) each
             k, v = torch.cat([k, k_text], dim=1), torch.cat([v, v_text], dim=1)  # (B, HW + L, C)
             mask = torch.cat([real.new_ones(q.shape[:2]), real], dim=1)[:, None, None]  # (B, 1, 1, HW + L)
+        # (B, heads, HW, d) for q and h, (B, heads, HW + L, d) for k and v, where d = C / heads
         q, k, v = (z.to(dtype).unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
         with torch.autocast("cpu", enabled=False):  # a CPU is slow in bfloat16 here, above all backward
             h = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # softmax(q k' / sqrt(d)) v
-        return x + self.out(h.transpose(2, 3).reshape(x.shape))  # h: (B, heads, HW, d = C / heads)
+        return x + self.out(h.transpose(2, 3).reshape(x.shape))  # (B, C, H, W)
 
 
 class UNetBlock(nn.Module):
@@ -138,8 +139,8 @@ class UNetBlock(nn.Module):
         self.attention = Attention(c_out, context_dim, places=places) if attention else None
 
     def forward(self, x: torch.Tensor, emb=None, context: Context | None = None) -> torch.Tensor:
-        h = self.block(x, emb)
-        return h if self.attention is None else self.attention(h, context)
+        h = self.block(x, emb)  # (B, c_out, H, W)
+        return h if self.attention is None else self.attention(h, context)  # (B, c_out, H, W)
 
 
 class Encoder(nn.Module):
@@ -196,7 +197,7 @@ class Encoder(nn.Module):
         if size[0] % self.divisor or size[1] % self.divisor:
             raise ValueError(f"image {size}: height and width must be divisible by {self.divisor}")
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))  # (B, width, H, W), now counted in patches
-        skips = [h]
+        skips = [h]  # of skip_channels
         for level, blocks in enumerate(self.down):
             for block in blocks:
                 h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
@@ -234,8 +235,8 @@ class UNet(Encoder):
         self.norm_out, self.conv_out = GroupNorm(c), init_layer(out, zero=True)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        emb, context = self.embed(t, y)  # (B, 4 * width)
-        return self.ascend(*self.encode(x, emb, context), emb, context)
+        emb, context = self.embed(t, y)  # (B, 4 * width), and tokens (B, L, D) or None
+        return self.ascend(*self.encode(x, emb, context), emb, context)  # (B, outputs * C, H, W)
 
     def ascend(self, h: torch.Tensor, skips=(), emb=None, context: Context | None = None) -> torch.Tensor:
         """The way up from the middle, h, to the output (B, outputs * C, H, W)."""
@@ -245,7 +246,7 @@ class UNet(Encoder):
                 h = block(h, emb, context)  # (B, width * m, H / 2^level, W / 2^level)
             if i < len(self.upsample):
                 h = self.upsample[i](h)  # twice the height and width
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)  # (B, outputs * C, H, W)
 
 
 class PublishedUNet(UNet):
@@ -332,13 +333,13 @@ class TextUNet(UNet):
 
     def embed(self, t: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, Context | None]:
         y = self.null(t[:, None]) if y is None else y  # (B, L)
-        real = y != PAD
+        real = y != PAD  # (B, L)
         h = self.token_embedding(y) + self.position_embedding.weight[: y.shape[1]]  # (B, L, text_width)
         if self.beside is not None:
-            h = h + self.beside((h * real[:, :, None]).transpose(1, 2)).transpose(1, 2)
+            h = h + self.beside((h * real[:, :, None]).transpose(1, 2)).transpose(1, 2)  # (B, L, text_width)
         for layer in self.transformer:
-            h = layer(h, src_key_padding_mask=~real)
-        tokens = self.text_norm(h)
+            h = layer(h, src_key_padding_mask=~real)  # (B, L, text_width)
+        tokens = self.text_norm(h)  # (B, L, text_width)
         last = tokens[torch.arange(len(y), device=y.device), real.sum(1) - 1]  # (B, text_width), END
         return super().embed(t, y)[0] + self.text_to_emb(last), (tokens, real)
 
@@ -356,11 +357,11 @@ class Classifier(Encoder):
 
     def features(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the logits are made of, (B, width * multipliers[-1])."""
-        h, _ = self.encode(x, *self.embed(t, None))
-        return F.silu(self.norm_out(h)).mean((2, 3))
+        h, _ = self.encode(x, *self.embed(t, None))  # (B, width * multipliers[-1], H / divisor, W / divisor)
+        return F.silu(self.norm_out(h)).mean((2, 3))  # (B, width * multipliers[-1])
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
-        return self.head(self.features(x, t))
+        return self.head(self.features(x, t))  # (B, num_classes)
 
 
 class Autoencoder(UNet):
@@ -391,9 +392,9 @@ class Autoencoder(UNet):
         return self.ascend(self.middle_up(self.conv_up(z)))
 
     def forward(self, x: torch.Tensor, generator=None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, log_variance = self.encode(x)
+        mean, log_variance = self.encode(x)  # (B, latent_channels, H / divisor, W / divisor) each
         z = mean + (log_variance / 2).exp() * randn_like(mean, generator)  # z ~ q(z | x): eq. 10
-        return self.decode(z), mean, log_variance
+        return self.decode(z), mean, log_variance  # (B, C, H, W), and the latter two as z
 
 
 class PublishedAutoencoder(Autoencoder):
