@@ -35,16 +35,16 @@ from ddpm import SAMPLERS, Diffusion, at, clip_x_0, numbered_noise
 from ddpm_conditional import SAME_DATA, GuidanceSettings, guided_denoiser, load_classifier, settle_scale
 from modules import EMA, timestep_embedding
 from support import charts, measures, runs
-from support.charts import Chart, Panel, Result, curves, draw_page, publish, write_report
+from support.charts import Chart, Panel, Result, curves, publish, write_report
 from support.errors import UserError, note, run_main
 from support.files import quoted, read_csv, read_pickle
 from support.generators import randn_like, seeded_generator
-from support.images import read_images, to_x_0
+from support.images import read_images, to_pictures, to_x_0
 from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import BANDS, correlation, nearest_images, neighbours_kept, psnr, quality, standardised
 from support.operators import low_pass
-from support.pictures import cloud_picture, join, make_grid
+from support.pictures import cloud_picture, make_grid, save_picture
 from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
 from support.text import ConditionSettings, conditions
@@ -102,6 +102,8 @@ class Settings:
 Study = namedtuple("Study", "run settings least most kinds about")
 STUDIES: dict[str, Study] = {}
 DIFFUSION = ("ddpm", "ddpm_conditional")
+STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.inf)}  # of P2, by SNR
+PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
 
 
 def study(names: str, least: int = 0, most: float = 0, kinds=DIFFUSION, **defaults) -> Callable:
@@ -130,12 +132,8 @@ class Model(namedtuple("Model", "path net diffusion config device folder")):
         """The denoiser with its x_0 clipped to [-1, 1]; latents are not clipped."""
         return eps_theta if self.config.get("latent") else clip_x_0(diffusion or self.diffusion, eps_theta)
 
-    def eps_theta(self, numbers: Tensor | None = None):
-        """The denoiser of samples of any numbers, x_0 clipped, with the null condition."""
-        return self.clipped(self.diffusion.denoiser(self.net))
-
     def guided(self, y: Tensor, scale: float, numbers: Tensor, classifier=None):
-        """The same for samples of those numbers, given y (n, ...) of all, guided by cfg or a classifier."""
+        """The denoiser of samples of those numbers, given y (n, ...) of all, by cfg or by a classifier."""
         y, plain = y[numbers].to(self.device), GuidanceSettings()
         return self.clipped(guided_denoiser(self.diffusion, self.net, y, scale, plain, classifier))
 
@@ -251,11 +249,9 @@ def in_batches(model: Model, y: Tensor | None, batch_size: int, bar, clip: bool 
 
 
 def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None, diffusion=None):
-    """Sampled images (B, C, H, W) of those numbers on the CPU, and the evaluations of the denoiser for each.
-
-    Each starts from noise of its own number. `denoiser_of(numbers)` and `diffusion` default to the model's.
-    """
-    diffusion, denoiser_of, done = diffusion or model.diffusion, denoiser_of or model.eps_theta, []
+    """Samples (B, C, H, W) of those numbers on the CPU, each from its own noise, and evaluations for each."""
+    diffusion, done = diffusion or model.diffusion, []
+    denoiser_of = denoiser_of or (lambda _: model.clipped(model.diffusion.denoiser(model.net)))  # of numbers
     name = getattr(sampler, "func", sampler).__name__  # of a partial, the function's
     with progress(f"{name}, {steps} steps", len(numbers)) as bar:
         for batch in torch.tensor(numbers).split(settings.batch_size):
@@ -265,15 +261,6 @@ def draw_samples(model, numbers, sampler, steps: int, settings, denoiser_of=None
             x_0 = sampler(diffusion, watched, x_T.to(model.device), timesteps, generators)
             done.append(model.space.decode(x_0).clamp(-1, 1))
     return torch.cat(done), watched.evaluations
-
-
-def pairs(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """Pictures two by two, side by side."""
-    return [join(pictures[i : i + 2], across=True) for i in range(0, len(pictures), 2)]
-
-
-STAGES = {"coarse": (0.0, 0.01), "content": (0.01, 1.0), "clean-up": (1.0, math.inf)}  # of P2, by SNR
-PLANE = ("first coordinate", "second coordinate")  # the axes of charts of points
 
 
 def over_snr(title: str, y: str, lines: dict, log: str = "xy", x_from: float = 1e-4) -> Panel:
@@ -317,9 +304,8 @@ def reconstructions(model, x_t: Tensor, y, levels: Sequence[int], draws: dict[st
         for sampler, K in draws.items():  # down from t: one of those that fit, by ddpm another in each draw
             seeds = [(level, i, 1 + k) for level in levels for k in range(K) for i in range(B)]
             generators = [seeded_generator(settings.seed, *seed) for seed in seeds]
-            start = x_t.repeat(1, K, 1, 1, 1)  # (L, K B, C, H, W)
-            denoiser = plain if sampler in KEEPING_EPS else eps_theta
-            x = chains(diffusion, denoiser, sampler, start, levels, steps, generators)
+            x, denoiser = x_t.repeat(1, K, 1, 1, 1), plain if sampler in KEEPING_EPS else eps_theta
+            x = chains(diffusion, denoiser, sampler, x, levels, steps, generators)  # (L, K B, C, H, W)
             found[f"chain, {sampler}"] = model.space.decode(x).clamp(-1, 1).unflatten(1, (K, B))
         # End
     return found
@@ -357,7 +343,7 @@ KEEPING_EPS = {"ddim, eps kept": ddim_keeping_eps}  # by the denoiser without cl
 
 @study(NOISE, 1, 1, samplers=["ddim", "pndm", "ddpm"])
 def noise(settings: Settings, model: Model) -> Result:
-    """What a model recovers from x_t, at each noise level: noise images, reconstruct, compare (P2).
+    """What does a model recover from x_t, at each noise level and by each sampler (P2, Choi et al. 2022)?
 
     Where reconstructions equal x_0 the model read it in x_t; where draws differ it made it up. Detail (high
     frequencies) is lost to little noise, colour and layout (low ones) last. A latent model denoises latents;
@@ -402,10 +388,9 @@ def noise(settings: Settings, model: Model) -> Result:
         panels.append(over_snr(title, f"rms of {of}", curves(far, "of", "snr", of), "x"))
     shown = {"x_t": space.decode(x_t)[:, None], **found}  # (L, K, B, C, H, W) each
     grids = noise_grids(shown, x[: settings.show], diffusion, levels)
-    energy = zip(BANDS, measures.energy_bands(x - mean).mean(0), strict=True)
+    shares = ", ".join(map("{} {:.0%}".format, BANDS, measures.energy_bands(x - mean).mean(0)))
     zero = "mid-gray" if isinstance(mean, float) else "the images' mean"
     drawn = f", {draws['ddpm']} draws of each by ddpm" if "ddpm" in draws else ""
-    shares = ", ".join(f"{band} {share:.0%}" for band, share in energy)
     notes = [f"over {B} images{drawn}; mse, psnr{', spread' if drawn else ''}: of images in [0, 1]"]
     notes += ["x_0 is not clipped"] * settings.no_clip + model.note_condition(y)
     notes += [f"kept: the share of x_0's energy, counted from {zero}: {shares}. low: to 0.125 cycles a"]
@@ -414,7 +399,7 @@ def noise(settings: Settings, model: Model) -> Result:
         where_lost(rows, list(found)[1], panels, notes)
         rows = [row for row in rows if row["reconstruction"] != BOUND or row["t"] == levels[-1]]
     images = {f"{way}, t = {t}": x[i, 0] for way, x in shown.items() for i, t in enumerate(levels)}
-    return Result([*pairs(grids), Chart(panels, 4)], rows, model.folder, notes, images)
+    return Result([*grids, Chart(panels)], rows, model.folder, notes, images)
 
 
 def where_lost(rows: Sequence[dict], way: str, panels: list, notes: list) -> None:
@@ -447,7 +432,7 @@ def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence
 # 2. The schedules ------------------------------------------------------------------------------------------
 @study("schedules noise_steps")
 def schedules(settings: Settings) -> Result:
-    """betas, alpha_bar and SNR of every schedule over t, and where its landmarks lie.
+    """What does a schedule set: beta, alpha_bar and SNR over t, and where do its landmarks lie?
 
     SNR is what a schedule sets: two of them take one path through noise levels at two speeds. A schedule
     spends most steps where its curve of SNR is flattest.
@@ -524,7 +509,7 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
 
 @study("schedules noise_steps image dataset image_size at")
 def forward(settings: Settings) -> Result:
-    """Every schedule's betas, and points and an image under its forward process: how long structure survives.
+    """How long do points and an image survive under each schedule, and is the variance preserved?
 
     A row is a schedule, time runs to the right: what can be recognised there can be learned there. If
     x_0 has variance 1, so has x_t under every schedule: the network sees one size at all times. If the mean
@@ -534,16 +519,14 @@ def forward(settings: Settings) -> Result:
     if (x_0.std((2, 3)).amax(1) == 0).any():
         raise UserError("the image is of a single colour: there is no structure to follow")
     shown = sorted({at(t, T) for t in (20, 100, 250, 500, 750, 1000)})
-    t_parts, rows = at(settings.at, T), []
+    t_parts, table = at(settings.at, T), schedules(settings)
     found = {name: what_is_left(Diffusion(T, name), x_0, shown, t_parts, settings.seed) for name in names}
-    of_schedules = schedules(settings)
-    landmarks = {row["schedule"]: row for row in of_schedules.rows}
-    for name, (_, left) in found.items():
+    rows = [*{row["schedule"]: row for row in table.rows}.values()]  # one of each name, as in `found`
+    for row, (_, left) in zip(rows, found.values(), strict=True):
         (times, kept), (_, alike), (_, variance), (_, unscaled) = left.values()
-        row = {"points half-life": half_life(times, kept), "image half-life": half_life(times, alike)}
+        row |= {"points half-life": half_life(times, kept), "image half-life": half_life(times, alike)}
         row |= {"mean neighbours kept": np.mean(kept), "mean correlation": np.mean(alike)}
         row |= {"variance, largest error": max(abs(v - 1) for v in variance), "mean not scaled": unscaled[-1]}
-        rows.append(landmarks[name] | row)
     order = {"rank by points": lambda row: (row["points half-life"], row["mean neighbours kept"])}
     order["rank by image"] = lambda row: (row["image half-life"], row["mean correlation"])
     order["rank"] = lambda row: -row["rank by points"] - row["rank by image"]
@@ -567,18 +550,14 @@ def forward(settings: Settings) -> Result:
     differ = "; ".join("{schedule} {rank by points} and {rank by image}".format_map(row) for row in apart)
     trust = "trust points for fine detail, which little noise hides, and the image for its layout"
     notes += [f"ranks by points and by image differ: {differ}: {trust}"] if apart else []
-    figure = [*of_schedules.figure, *pairs(grids), Chart(chart, 4)]
-    return Result(figure, rows, notes=[*notes, *of_schedules.notes])
+    return Result([*table.figure, *grids, Chart(chart, 2)], rows, notes=[*notes, *table.notes])
 
 
 # 4. Weights ------------------------------------------------------------------------------------------------
 def ho_weights(diffusion: Diffusion) -> Tensor:
-    """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,).
-
-    DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2 (Choi et al. 2022).
-    """
-    beta, alpha_bar = diffusion.beta, diffusion.alpha_bar[1:]  # (T,)
-    return (1 - beta) * (1 - alpha_bar) / beta
+    """lambda_t = (1 - beta_t) (1 - alpha_bar_t) / beta_t, L_simple's weight of each VLB term; (T,)."""
+    beta, alpha_bar = diffusion.beta, diffusion.alpha_bar[1:]  # (T,), as in P2 (Choi et al. 2022)
+    return (1 - beta) * (1 - alpha_bar) / beta  # DDPM, eq. 12, with sigma_t^2 = beta_t, without its factor 2
 
 
 def continuous_weights(diffusion: Diffusion) -> Tensor:
@@ -588,7 +567,7 @@ def continuous_weights(diffusion: Diffusion) -> Tensor:
 
 @study("schedules noise_steps k gammas", schedules=["linear", "cosine"])
 def weights(settings: Settings) -> Result:
-    """Each weighting as a weight of the VLB's terms and of the error of eps, over SNR and by stage.
+    """What does each weighting make of the VLB's terms, and of the error of eps, over SNR and by stage?
 
     Noise grows to the right, from the clean-up through the content to the coarse stage. L_simple already
     takes weight from the clean-up, on which the VLB spends much, and P2 takes more: its normalised weights
@@ -623,7 +602,7 @@ def weights(settings: Settings) -> Result:
                 for stage, (low, high) in STAGES.items():
                     row[f"share of {stage}"] = weight[(low <= snr) & (snr < high)].sum() / weight.sum()
                 rows.append(row)
-    return Result([Chart(panels, 4)], rows)
+    return Result([Chart(panels, 2)], rows)
 
 
 # 5. Denoising ----------------------------------------------------------------------------------------------
@@ -649,7 +628,7 @@ def denoised(diffusion: Diffusion, models: Sequence[Model], x_0: Tensor, y, t: i
 
 @study("image images dataset image_size levels schedule batch_size", 0, 2, (*DIFFUSION, "denoiser"))
 def denoise(settings: Settings, *models: Model) -> Result:
-    """Blur, one step and many steps of a network, and a denoiser of one noise level (CS180, A 1 and B 1).
+    """What do blurs, one step, many steps, and a denoiser of one level make of x_t (CS180, A 1 and B 1)?
 
     A blur trades noise for detail; one step of the network gives the mean of all images that fit, many steps
     give one of them. That one is sharper and farther from x_0: PSNR prefers the mean. The number after "blur"
@@ -750,7 +729,7 @@ def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
 
 @study("samplers schedules spacing samples full classifier batch_size", 1, 1)
 def samplers(settings: Settings, model: Model) -> Result:
-    """The same starting noise through every sampler in 5 to T steps, and on other schedules.
+    """How few steps will do, for each sampler, and may the schedule be another one than in training?
 
     From one noise the deterministic samplers all go to one picture, the better ones in fewer evaluations.
     DDPM adds noise on the way and ends elsewhere, so for it only the quality counts.
@@ -817,15 +796,12 @@ GUIDANCE = "guidance_scale labels prompt per_label show batches classifier guide
 
 
 def real_beside(model: Model, y: Tensor, settings: Settings, needed: bool) -> tuple | None:
-    """Two sets of real images for samples of y (n, ...), and labels of the second; None without data.
-
-    Both sets are of labels in y (n,), or of all captions; the second has at most as many of each as y.
-    """
+    """Two sets of real images for samples of y (n, ...), and labels of the second; None without data."""
     try:
         data, labelled = real_data(model.config, settings, labelled=y.ndim == 1), y.ndim == 1
         labels, y = (data.labels, y) if labelled else (torch.zeros(len(data.images)), torch.zeros(len(y)))
         order = torch.randperm(len(data.images), generator=seeded_generator(settings.seed))
-        order = order[torch.isin(labels[order], y)]
+        order = order[torch.isin(labels[order], y)]  # both sets are of labels in y (n,), or of all captions
         first, second = order.tensor_split([len(order) // 2])
         if len(order) < 4:
             raise UserError(f"there are {len(order)} real images of these labels: ask for others, or more")
@@ -833,7 +809,7 @@ def real_beside(model: Model, y: Tensor, settings: Settings, needed: bool) -> tu
         if needed:
             raise
         return note(f"no real images beside the samples: {error}")
-    second = torch.cat([second[labels[second] == k][: (y == k).sum()] for k in y.unique()])
+    second = torch.cat([second[labels[second] == k][: (y == k).sum()] for k in y.unique()])  # at most y's
     return data.images[first], data.images[second], labels[second] if labelled else torch.arange(len(second))
 
 
@@ -856,7 +832,7 @@ def guides(settings: Settings, model: Model) -> dict[str, Callable]:
 
 @study(f"{GUIDANCE} batch_size", 1, 1, guidance_scale=SCALES, sample_steps=20, show=1)
 def guidance(settings: Settings, model: Model) -> Result:
-    """Scales of classifier-free and of classifier guidance: pictures, accuracy, diversity, sharpness.
+    """How do pictures, accuracy, diversity and sharpness change with the scale of guidance?
 
     Scales above 1 buy accuracy with diversity; far too much of them spoils the pictures. The Frechet distance
     is least where both are near what real images have.
@@ -873,22 +849,17 @@ def guidance(settings: Settings, model: Model) -> Result:
     many = settings.batches * settings.show  # images of a condition in the figure
     R, n, enough = len(names), len(names) * max(settings.per_label, many), False
     of, steps = torch.arange(n) % R, min(settings.sample_steps, model.diffusion.T)  # i is of names[i % R]
-    real = real_beside(model, y[of], settings, needed=evaluator is not None)
+    real = real_beside(model, y := y[of], settings, needed=evaluator is not None)
     if evaluator:
         half, enough = evaluator.features(real[0]), min(n, *map(len, real)) > evaluator.dim
 
     def measured(kind: str, scale: float | None, x: Tensor, labels: Tensor) -> dict:
         row = {"guidance": kind, "scale": scale, "n": len(x)}
-        if evaluator:
-            row["accuracy"] = evaluator.agreement(x, labels)
-        if settings.per_label > 1:
-            row["diversity"] = measures.diversity(x, labels)
+        row |= {"accuracy": evaluator.agreement(x, labels)} if evaluator else {}
+        row |= {"diversity": measures.diversity(x, labels)} if settings.per_label > 1 else {}
         row |= {"sharpness": measures.energy_bands(x)[:, 2].mean(), "contrast": x.std((1, 2, 3)).mean() / 2}
-        if x.shape[1] == 3:  # gray digits are black and white by nature
-            row["saturation"] = measures.saturation(x)
-        if enough:
-            row["frechet"] = measures.frechet_distance(evaluator.features(x), half)
-        return row
+        row |= {"saturation": measures.saturation(x)} if x.shape[1] == 3 else {}  # digits are black and white
+        return row | ({"frechet": measures.frechet_distance(evaluator.features(x), half)} if enough else {})
 
     rows, grids, heads = [], [], [f"scale {scale:g}" for scale in scales]
     batches = [f", batch {b + 1}" * (settings.batches > 1) for b in range(settings.batches)]
@@ -896,17 +867,15 @@ def guidance(settings: Settings, model: Model) -> Result:
     for kind, guide in denoisers.items():
         shown = []  # (batches, show, R, C, H, W) for each of S scales
         for scale in scales:
-            eps_theta_of = partial(guide, y[of], scale)
-            x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, eps_theta_of)
-            rows.append(measured(kind, scale, x, y[of] if y.ndim == 1 else of))  # a caption by its number
+            x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, partial(guide, y, scale))
+            rows.append(measured(kind, scale, x, y if y.ndim == 1 else of))  # a caption by its number
             shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
         cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
         caption = f"{kind} guidance, {sampler} {steps} steps; at all scales the same noise"
         grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
-    keys = [key for key in rows[0] if key not in ("guidance", "scale", "n")]
     last = [measured("real images", None, to_x_0(real[1]), real[2])] if real else []
     level = [one | {"scale": s} for one in last for s in (min(scales), max(scales))]  # drawn as a line
-    panels = [Panel(key, "scale", key, curves(rows + level, "guidance", "scale", key)) for key in keys]
+    panels = [Panel(k, "scale", k, curves(rows + level, "guidance", "scale", k)) for k in [*rows[0]][3:]]
     notes = ["diversity: mean rms distance per pixel of [0, 1] within a condition; sharpness: the share of"]
     notes += ["energy above 0.25 cycles a pixel; contrast: standard deviation; saturation: share at 0 or 255"]
     notes += claims(rows)
@@ -914,7 +883,7 @@ def guidance(settings: Settings, model: Model) -> Result:
         few = f"no Frechet distance: it takes more than {evaluator.dim} images on either side (--per-label)"
         same = "the classifier that guides is also the evaluator, which flatters it: see --guide RUN"
         notes += [few] * (not enough) + [same] * ("classifier" in denoisers and not settings.guide)
-    return Result([*pairs(grids), Chart(panels)], rows + last, model.folder, notes)
+    return Result([*grids, Chart(panels)], rows + last, model.folder, notes)
 
 
 def claims(rows: Sequence[dict]) -> list[str]:
@@ -935,7 +904,7 @@ def claims(rows: Sequence[dict]) -> list[str]:
 # 8. Quality in numbers -------------------------------------------------------------------------------------
 @study("samples guidance_scale classifier sampler sample_steps batch_size", 1, math.inf)
 def evaluate(settings: Settings, *models: Model) -> Result:
-    """Frechet distance, precision, recall and accuracy of runs, beside those of real images.
+    """How good are the samples of runs: Frechet distance, precision, recall, accuracy, beside real images?
 
     Read each number beside the last row, the score of real images: that is the floor. Precision is the share
     of samples that could be real, recall the share of real images that samples cover.
@@ -965,15 +934,14 @@ def evaluate(settings: Settings, *models: Model) -> Result:
         if model.config.get("condition") == "label":
             settle_scale(model.config["p_uncond"])
             scales, y = settings.guidance_scale, torch.arange(n) % len(model.config["class_names"])
-        for scale in scales:
-            eps_theta_of = None if y is None else partial(model.guided, y, scale)
+        for s in scales:
+            eps_theta_of = None if y is None else partial(model.guided, y, s)
             x, _ = draw_samples(model, range(n), SAMPLERS[sampler], steps, settings, eps_theta_of)
             nearest, index = nearest_images(x, images)
-            row = {"run": model.path, "scale": scale, "epoch": model.config["epoch"]}
+            row = {"run": model.path, "scale": s, "epoch": model.config["epoch"]}
             rows.append(row | {"sampled by": f"{sampler} {steps}"} | measured(x, y, nearest))
             pictures += [x[:10], to_x_0(images[index[:10]])]
-            under = "" if y is None else f" scale {scale:g}"
-            names += [model.folder.name + under, "nearest training image"]
+            names += [model.folder.name + ("" if y is None else f" scale {s:g}"), "nearest training image"]
     floor = to_x_0(data.images[second[:n]])  # the score of other real images against the same half
     nearest, _ = nearest_images(floor, images, skip=1)
     rows.append({"run": "real images"} | measured(floor, data.labels[second[:n]], nearest))
@@ -991,7 +959,7 @@ def evaluate(settings: Settings, *models: Model) -> Result:
 # 9. Losses -------------------------------------------------------------------------------------------------
 @study("image images batch_size", 1, math.inf, (*DIFFUSION, "denoiser"), images=256)
 def losses(settings: Settings, *models: Model) -> Result:
-    """The error at each noise level, of every run on the same images and noise, and training curves.
+    """At which noise levels do runs err, on the same images and noise, and how did they train?
 
     Where its curve is higher a model errs more, at that noise level. Training losses weight the levels each
     in its way: compare only runs of one weighting by them.
@@ -1015,8 +983,7 @@ def losses(settings: Settings, *models: Model) -> Result:
                 error, snr = (predicted - eps).square().mean().item(), diffusion.snr[t].item()
                 of_model += [{"run": model.path, "snr": snr, "mse of eps": error, "mse of x_0": error / snr}]
         errors += of_model
-        row = {"run": model.path, "prediction": model.config["prediction"]}
-        row["weighting"] = model.config["weighting"] or "plain MSE"
+        row = {"run": model.path} | {k: model.config[k] or "plain MSE" for k in ("prediction", "weighting")}
         for stage, (low, high) in STAGES.items():
             inside = [error for error in of_model if low <= error["snr"] < high]
             means = {key: np.mean([error[key] for error in inside]) for key in keys if inside}
@@ -1071,7 +1038,7 @@ class PointMLP(torch.nn.Module):
 
 @study("langevin_levels inner step point_epochs samples classifier batch_size", 0, 1)
 def score(settings: Settings, model: Model | None = None) -> Result:
-    """Annealed Langevin dynamics beside ancestral sampling, for points in the plane and for images.
+    """Does annealed Langevin dynamics along the network's score sample as well as ancestral sampling?
 
     -eps_theta / sqrt(1 - alpha_bar) points to likelier images; noisy steps along it draw samples. With as
     many evaluations of the network it should come near ancestral sampling.
@@ -1099,17 +1066,15 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         rows.append(row | quality(clouds[way].flatten(1), data.flatten(1)))
     rows.append({"data": "Swiss roll", "sampler": "real", "n": n} | quality(more.flatten(1), data.flatten(1)))
     if model:
-        n, half, others = real_features(model, evaluator, settings) if evaluator else (16, None, None)
+        n, half, rest = real_features(model, evaluator, settings) if evaluator else (16, None, None)
         for way, (sampler, steps) in ways.items():
             x, evaluations = draw_samples(model, range(n), sampler, min(steps, model.diffusion.T), settings)
             row = {"data": model.path, "sampler": way, "evaluations": evaluations, "n": n}
             rows.append(row | (quality(evaluator.features(x), half) if evaluator else {}))
             grids.append(make_grid(x[:16], f"{way}, {evaluations} evaluations", 8))
-        if evaluator:
-            rows.append({"data": model.path, "sampler": "real", "n": n, **quality(others, half)})
+        rows += [{"data": model.path, "sampler": "real", "n": n, **quality(rest, half)}] if evaluator else []
     panels = [Panel(way, *PLANE, {way: x.flatten(1).T.tolist()}, kind="points") for way, x in clouds.items()]
-    line = torch.linspace(-1.6, 1.6, 17)
-    x, y = (c.flatten() for c in torch.meshgrid(line, line, indexing="xy"))
+    x, y = (c.flatten() for c in torch.meshgrid(*[torch.linspace(-1.6, 1.6, 17)] * 2, indexing="xy"))
     plane = torch.stack([x, y], 1)[..., None, None]
     for t in (50, 250, 600):  # the direction of the score, -eps_theta / sqrt(1 - ab)
         field = -eps_theta(plane, torch.full((len(x),), t)).flatten(1)
@@ -1117,38 +1082,69 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         title = f"direction of the score, {snr_label(diffusion, t)}"
         panels.append(Panel(title, *PLANE, {"score": tuple(c.tolist() for c in arrows)}, kind="arrows"))
     folder, notes = (model.folder, model.note_condition(None)) if model else (Result.folder, ())
-    return Result([Chart(panels), *pairs(grids)], rows, folder, notes)
+    return Result([Chart(panels), *grids], rows, folder, notes)
 
 
 # 11. The report, and the command line ----------------------------------------------------------------------
+REPORT = [  # in the order of the assignment and of CS180: an item, and a study or a command # its question
+    *(("1", "schedules"), ("1", "forward"), ("1", "losses")),
+    ("1", "{script} --sample 20 --sampler ddpm --sample-steps {noise_steps} # How does Algorithm 2 sample?"),
+    ("1", "samplers"),
+    ("2.a, 2.b", "ddpm_conditional.py --sample 30 --guidance-scale 0,1,3 # What do labels and guidance do?"),
+    *(("2.c", "guidance"), ("2.d", "evaluate"), ("P2", "noise"), ("P2", "weights")),
+    ("CS180 A 1.1 to 1.4, B 1", "denoise"),
+    ("CS180 A 1.7", "edit.py sdedit --image {image} # What stays of an image, noised and denoised?"),
+    ("CS180 A 1.7", "edit.py inpaint --image {image} --box 0,0,{half},{image_size} # What fills a hole?"),
+    ("CS180 A 1.8", "edit.py anagram --labels 6,9 # Can one picture be read in two ways?"),
+    ("CS180 A 1.9", "edit.py hybrid --labels 6,4 # Can it be one thing from afar, another from near?"),
+    *(
+        ("Scores", "score"),
+        ("Scores", "edit.py sds --labels 3,8 # What does score distillation make of noise?"),
+    ),
+]
+
+
 @study("image classifier", 1, 2)
 def report(settings: Settings, *models: Model) -> None:
-    """Every study of a run, or of two beside each other, in files of their own and as pages of a PDF.
+    """Every study of a run, or of two, and edits by the last, as pages of a PDF in the assignment's order.
 
-    A page says how to read a study, and has its figure and its table; the first has the settings.
+    Each has a heading, a question, its figure, how to read it, its numbers and room for a text of yours.
     """
     load_evaluator(settings.classifier, models[0])  # an error here comes before the work
     same_data(models)
-    folder, pages = Path(settings.out) if settings.out else models[0].folder, [charts.settings_page(models)]
-    of_run = {key: models[0].config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
-    known, each = [*of_run.items(), *vars(settings).items()], [[model] for model in models]
-    named = [(name, one) for name, one in STUDIES.items() if name != "report"]
-    jobs = [(*of, group) for of in named for group in {0: [[]], math.inf: [models]}.get(of[1].most, each)]
-    for name, one, group in jobs:
-        title = " ".join([name, *(model.path for model in group if len(models) > 1)])
-        print(f"\n{title}")
-        figure, rows, text = None, [], one.about[1]
-        try:
-            chosen = {key: v for key, v in known if v is not None and key in rows_of(one.settings)}
-            result = one.run(one.settings(**chosen), *group)
-            (figure, _), rows = publish(name, replace(result, folder=folder), settings.out), result.rows
-            text = " ".join([text, *result.notes])
-        except UserError as error:
-            note(f"{name} is left out: {error}")
-            text = f"Left out: {error}."
-        pages.append((title, text, figure, rows))
-    path = write_report(folder / "report.pdf", [draw_page(*page) for page in pages])
-    print(f"\nreport  {quoted(path)}")
+    folder, last = Path(settings.out) if settings.out else models[0].folder, models[-1]
+    of_run = {key: last.config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
+    known = {key: value for key, value in (of_run | vars(settings)).items() if value is not None}
+    image = settings.image[0] if settings.image else folder / "report_image.png"
+    values = last.config | {"image": image, "half": last.config["image_size"] // 2}
+    values["script"] = f"{last.config['kind'].replace('published', 'ddpm')}.py"
+    machine, each = ("--device", settings.device, "--seed", settings.seed), [[model] for model in models]
+    pages = charts.settings_page(models)
+    for item, what in REPORT:
+        one = STUDIES.get(what)
+        command, question, *more = (what, *one.about) if one else what.split(" # ")
+        for group in {0: [[]], math.inf: [models]}.get(one.most, each) if one else [[last]]:
+            figure, rows, text, words = [], [], "", [part.format(**values) for part in command.split()]
+            name = " ".join(words).split(" -")[0]
+            print(
+                "\n" + (title := ", ".join([f"{item}: {name}", *(m.path for m in group if len(models) > 1)]))
+            )
+            try:
+                if one:
+                    chosen = {key: value for key, value in known.items() if key in rows_of(one.settings)}
+                    result = one.run(one.settings(**chosen), *group)
+                    publish(what, replace(result, folder=folder), settings.out)
+                    figure, rows, text = result.figure, result.rows, " ".join([*more, *result.notes])
+                else:
+                    if not settings.image:
+                        x, _ = chosen_images(settings, last.config)
+                        save_picture(to_pictures(x)[0], image, show=False)
+                    figure = runs.figure_of(*words, *machine, "--checkpoint", last.path)
+            except UserError as error:
+                note(f"{title} is left out: {error}")
+                text = f"Left out: {error}."
+            pages += charts.pages_of(title, question, text, figure, rows)
+    print(f"\nreport  {quoted(write_report(folder / 'report.pdf', pages))}")
 
 
 def make_parser() -> Parser:

@@ -240,10 +240,7 @@ def deblur(shape, sigma: float | None = None) -> Measurement:
     kept = S > 0.1  # the largest is about 1
     B = ((U[:, kept] * S[kept]) @ V[kept]).float()
     B_inverse = ((V[kept].T / S[kept]) @ U[:, kept].T).float()
-    return Measurement(
-        lambda x: B.to(x.device) @ x @ B.T.to(x.device),
-        lambda y: B_inverse.to(y.device) @ y @ B_inverse.T.to(y.device),
-    )
+    return Measurement(*(lambda x, M=M: M.to(x.device) @ x @ M.T.to(x.device) for M in (B, B_inverse)))
 
 
 def ddnm(diffusion, eps_theta, measurement: Measurement, y: Tensor):
@@ -388,10 +385,6 @@ class Model:
         found = [self.classifier(x.to(self.device), t).argmax(1).tolist() for x in columns if self.classifier]
         return [tuple(self.config["class_names"][label] for label in row) for row in zip(*found, strict=True)]
 
-    def seen(self, eps_theta: Watched) -> dict[int, Tensor]:
-        """The x_t that a watched denoiser kept, as images, by t."""
-        return {t: self.space.decode(x_t) for t, x_t in eps_theta.kept.items()}
-
     def batches(self, what: str, items, edit, images: int = 1) -> dict[str, Tensor]:
         """The columns of `edit(items of a batch, bar)`, joined; an item moves the bar by so many images."""
         columns, size = {}, self.settings.batch_size
@@ -424,7 +417,7 @@ def run_sdedit(model: Model):
         for head, timesteps in ways.items():
             eps_theta = Watched(model.denoiser(items), diffusion.T, bar, timesteps[:1])
             x = sdedit(diffusion, model.sampler, eps_theta, x_0, timesteps, model.generators(items))
-            pair = [*model.seen(eps_theta).values(), model.space.decode(x)]
+            pair = [model.space.decode(x_t) for x_t in (*eps_theta.kept.values(), x)]
             columns[head] = torch.stack(pair, 1).flatten(0, 1)
         return columns
 
@@ -468,7 +461,8 @@ def run_inpaint(model: Model):
         x_0, known = model.space.encode(x), torch.where(hole, 0 * x, x)
         x_0 = inpaint(model.diffusion, model.sampler, eps_theta, x_T, parts, x_0, touched, generators)
         result = torch.where(hole, model.space.decode(x_0).to(x), x)  # known pixels stay what they were
-        return {"input": x, "known": known, **model.seen(eps_theta), "result": result}
+        seen = {t: model.space.decode(x_t) for t, x_t in eps_theta.kept.items()}
+        return {"input": x, "known": known, **seen, "result": result}
 
     columns = model.batches("inpaint", items, edit)
     labels, notes = [item.label for item in items], []
@@ -680,7 +674,7 @@ def main() -> None:
     print("\n".join([*notes, f"figure   {quoted(path)}"]))
     if out:
         for i, picture in enumerate(to_pictures(results)):
-            save_picture(picture, Path(out) / f"{i:05d}.png")
+            save_picture(picture, Path(out) / f"{i:05d}.png", show=False)
         print("images  ", quoted(out))
 
 

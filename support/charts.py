@@ -2,11 +2,13 @@
 
 import io
 import math
+import re
 import textwrap
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
@@ -63,20 +65,30 @@ def new_figure(width: float, height: float, **options):
     return Figure(figsize=(width, height), dpi=100, **options)
 
 
-def draw_chart(chart: Chart) -> Image.Image:
-    """The chart as a picture; UserError without matplotlib."""
-    panels = [panel for panel in chart.panels if panel.curves]
-    columns = max(1, min(chart.columns, len(panels)))
-    rows = max(1, math.ceil(len(panels) / columns))  # a chart may have no curves, and is empty then
-    figure = new_figure(4.4 * columns, 3.5 * rows, layout="constrained")
-    for i, ax in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        draw_panel(ax, panels[i]) if i < len(panels) else ax.set_axis_off()
+def layout(chart: Chart, width: float) -> tuple[int, int, float]:
+    """Rows and columns of the panels that have curves, and their height, for a width; both in inches."""
+    n = max(1, sum(bool(panel.curves) for panel in chart.panels))  # a chart may have no curves, and is empty
+    columns = min(n, chart.columns, int(width // 3.5))
+    return math.ceil(n / columns), columns, 3.2 * math.ceil(n / columns)
+
+
+def draw_panels(chart: Chart, width: float, place) -> None:
+    """Draw the panels that have curves on a figure of matplotlib's, or a part of one, so many inches wide."""
+    panels, (rows, columns, _) = [panel for panel in chart.panels if panel.curves], layout(chart, width)
+    for i, ax in enumerate(place.subplots(rows, columns, squeeze=False).flat):
+        draw_panel(ax, panels[i], width / columns) if i < len(panels) else ax.set_axis_off()
+
+
+def draw_chart(chart: Chart, width: int = 1100) -> Image.Image:
+    """The chart as a picture, so many pixels wide; UserError without matplotlib."""
+    figure = new_figure(width / 100, layout(chart, width / 100)[2], layout="constrained")
+    draw_panels(chart, width / 100, figure)
     figure.savefig(buffer := io.BytesIO(), format="png")
     return Image.open(buffer).convert("RGB")
 
 
-def draw_panel(ax, panel: Panel) -> None:
-    """Draw a panel on matplotlib's axes."""
+def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
+    """Draw a panel on matplotlib's axes, with their labels so many inches wide."""
     for name, columns in panel.curves.items():
         drawn = [point for point in zip(*columns, strict=True) if point[0] > panel.x_from]
         columns = tuple(zip(*drawn, strict=True)) or columns
@@ -87,7 +99,8 @@ def draw_panel(ax, panel: Panel) -> None:
         else:
             ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", linewidth=1.3, label=name)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
-    ax.set(title=panel.title + "\n" * bool(panel.bands), xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10)
     ax.set_ylim(panel.y_range)
     ax.grid(alpha=0.3)
     low, high = sorted(ax.get_xlim())
@@ -100,27 +113,28 @@ def draw_panel(ax, panel: Panel) -> None:
     if panel.bands:
         ax.set_xlim(high, low)
     if len(panel.curves) > 1:
-        ncols = max(1, 64 // (8 + max(map(len, panel.curves))))  # as many names as fit side by side
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": ncols, "frameon": False}
+        ncols = max(1, int(14 * width) // (8 + max(map(len, panel.curves))))  # what fits side by side
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.25), "ncols": ncols, "frameon": False}
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, **below)
 
 
 def table(rows: Sequence[dict], digits: int = 4) -> list[list[str]]:
     """A table's cells, its header first: every column that some row has; None as an empty cell."""
-
-    def cell(value: object) -> str:
-        value = "" if value is None else value
-        return str(value) if isinstance(value, (str, int)) else f"{float(value):.{digits}g}"
-
     header = list(dict.fromkeys(column for row in rows for column in row))
-    return [header, *([cell(row.get(column)) for column in header] for row in rows)]
+    cells = [["" if row.get(column) is None else row[column] for column in header] for row in rows]
+    text = [[str(c) if isinstance(c, (str, int)) else f"{float(c):.{digits}g}" for c in row] for row in cells]
+    return [header, *text]
 
 
 def aligned(rows: Sequence[dict]) -> list[str]:
-    """A table as lines of text."""
-    cells = table(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    """A table as lines of text, numbers on the right."""
+    columns = []
+    for head, *cells in zip(*table(rows, digits=3), strict=True):
+        number = all(re.fullmatch(r"-?[0-9.]*(e[+-]?[0-9]+)?|inf|nan", cell) for cell in cells)
+        columns.append(
+            [f"{cell:{'>' if number else '<'}{max(map(len, (head, *cells)))}}" for cell in (head, *cells)]
+        )
+    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
 def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | None, UserError | None]:
@@ -141,42 +155,68 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     for kind, rows in (("table", result.rows), ("curves", points)):
         if rows:
             write_csv(files[kind], table(rows, digits=6))
+    grids = [part for part in result.figure if not isinstance(part, Chart)]
+    wide = max(1100, *(grid.width for grid in grids), 0)  # grids and charts are of one width
     try:
-        pictures = [draw_chart(part) if isinstance(part, Chart) else part for part in result.figure]
+        pictures = [draw_chart(part, wide) if isinstance(part, Chart) else part for part in result.figure]
     except UserError as error:
-        missing, pictures = error, [part for part in result.figure if not isinstance(part, Chart)]
+        missing, pictures = error, grids
     if figure := join(pictures) if pictures else None:
         save_picture(figure, files["figure"])
     for name, x in result.images.items() if out else ():
         files["images"] = files["table"].with_suffix("")
         for i, picture in enumerate(to_pictures(x), start=1):
-            save_picture(picture, files["images"] / f"{name}, image {i}.png")
+            save_picture(picture, files["images"] / f"{name}, image {i}.png", show=False)
     print("\n".join([*aligned(result.rows), *result.notes]))
     print("\n".join(f"{kind:7s} {quoted(file)}" for kind, file in files.items() if file.exists()))
     return figure, missing
 
 
-def draw_page(title: str, text: str, figure: Image.Image | None, rows: Sequence[dict]):
-    """A page of a report on A4: how to read a study, its figure, its table as far as it fits."""
-    width, height, margin, lines = 8.27, 11.69, 0.06, textwrap.wrap(text, 105)  # inches; a share of them
-    page, wide, top = new_figure(width, height), 1 - 2 * margin, 0.92 - 0.0155 * len(lines)
-    page.text(margin, 0.95, title, fontsize=18)
-    page.text(margin, 0.935, "\n".join(lines), fontsize=9, va="top", linespacing=1.4)
-    if figure is not None:
-        tall = min(wide * width / height * figure.height / figure.width, 2 / 3 * top)
-        place = page.add_axes((margin, top - tall, wide, tall), frame_on=False, xticks=[], yticks=[])
-        place.imshow(figure, interpolation="none")
-        top -= tall + 0.015
-    lines = aligned(rows)
-    high = max(5.0, (top - 0.03) * height * 72 / 1.15 / max(1, len(lines)))  # in points: all lines fit
-    size = min(8.0, high, wide * width * 72 / (0.61 * max(1, *map(len, lines))))  # in points: as wide as fits
-    step = 1.15 * size / (72 * height)  # from line to line, as a share of the page
-    fit = int((top - 0.03) / step)
-    if len(lines) > fit:
-        more = f"... and {len(lines) - fit + 1} rows more in the CSV (settings: config.json)"
-        lines = [*lines[: fit - 1], more]
-    for i, line in enumerate(lines):
-        page.text(margin, top - i * step, line, fontsize=size, family="monospace", va="top")
+Part = tuple[float, Callable]  # of a page: its height in inches, and what draws it in a place of matplotlib's
+WIDE, TALL = 7.1, 10.4  # inches of a page that parts may fill
+
+
+def words(lines: Sequence[str], size: float, **font) -> Part:
+    """Lines of text, size in points."""
+    text = {"size": size, "va": "top", "linespacing": 1.25, **font}
+    return len(lines) * size / 52 + 0.1, lambda place: place.text(0, 1, "\n".join(lines), **text)
+
+
+def shown(part: Image.Image | Chart) -> list[Part]:
+    """The rows of a chart, as vectors, or a grid; a grid that is higher than a page is made to fit."""
+    if isinstance(part, Chart):
+        panels = [panel for panel in part.panels if panel.curves]
+        rows = [Chart(panels[i : i + 2]) for i in range(0, len(panels), 2)]
+        return [(layout(row, WIDE)[2], partial(draw_panels, row, WIDE)) for row in rows]
+    wide = min(WIDE, part.width / 110, (TALL - 1.5) * part.width / part.height)
+    axes = {"rect": (0, 0, wide / WIDE, 1), "frame_on": False, "xticks": [], "yticks": [], "anchor": "NW"}
+    draw = {"X": part, "interpolation": "none"}
+    return [(wide * part.height / part.width + 0.1, lambda place: place.add_axes(**axes).imshow(**draw))]
+
+
+def pages_of(title: str, question: str, text: str, figure: Sequence, rows: Sequence[dict]) -> list:
+    """The pages of a study, lists of Parts: heading, question, figure, how to read it, numbers, your text."""
+    lines, wrap = aligned(rows), textwrap.wrap
+    size = min(8.0, WIDE * 72 / (0.61 * max(map(len, lines), default=1)))  # in points: as wide as fits
+    parts = [words([title], 18), words(wrap(question, 72), 13, style="italic")]
+    parts += [row for part in figure for row in shown(part)]
+    parts += [words(wrap(text, 105), 9)] if text else []
+    parts += [words(lines[i : i + 60], size, family="monospace") for i in range(0, len(lines), 60)]
+    pages: list = [[]]
+    for part in (*parts, (0.5, words(["Your text:"], 9, color="gray")[1])):
+        if sum(tall for tall, _ in (*pages[-1], part)) > TALL:
+            pages.append([])
+        pages[-1].append(part)
+    return pages
+
+
+def draw_page(parts: Sequence[Part]):
+    """A page of a report on A4, its parts from top to bottom."""
+    heights, page = [tall for tall, _ in parts], new_figure(8.27, 11.69, layout="constrained")
+    sizes = {"width_ratios": [0.6, WIDE, 0.57], "height_ratios": [0.5, *heights, 11.19 - sum(heights)]}
+    places = page.add_gridspec(len(parts) + 2, 3, **sizes)
+    for i, (_, draw) in enumerate(parts, start=1):
+        draw(page.add_subfigure(places[i, 1]))
     return page
 
 
@@ -186,7 +226,7 @@ def training_log(model) -> list[dict]:
     return [{"run": model.path, **dict(zip(header, line, strict=False))} for line in lines]
 
 
-def settings_page(models: Sequence) -> tuple:
+def settings_page(models: Sequence) -> list:
     """The settings of each run as a table, and its first, middle and last preview as a figure."""
     keys = dict.fromkeys(k for m in models for k, v in m.config.items() if type(v) in (str, int, float, list))
     rows = [{"setting": k} | {m.path: str(m.config.get(k))[:40] for m in models} for k in keys]
@@ -194,16 +234,17 @@ def settings_page(models: Sequence) -> tuple:
     shown = [[files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] for files in made if files]
     opened = [[Image.open(file, formats=["PNG"]).convert("RGB") for file in files] for files in shown]
     previews = [join(grids, across=True) for grids in opened]
-    return "settings", "Settings, and previews over the epochs.", join(previews) if previews else None, rows
+    question = "What was trained, and how did its samples change?"
+    return pages_of("1: Algorithm 1", question, "", previews, rows)
 
 
 def write_report(path: Path, pages: Sequence) -> Path:
-    """Write pages as a PDF, under that name or the next free one."""
+    """Write pages, lists of parts, as a PDF, under that name or the next free one."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
     text = rc_context({"pdf.fonttype": 42})  # TrueType, whose letters can be selected and searched
     with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages:
-            pdf.savefig(page)
+            pdf.savefig(draw_page(page))
     return path

@@ -1,6 +1,7 @@
 """Pictures of pictures: grids with captions."""
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +13,14 @@ from torch import Tensor
 from .files import replacing
 from .images import to_pictures
 
-LINE = 16  # pixels from one line of text to the next
-GAP = 2  # pixels between two images
-FONT = ImageFont.load_default()
+LINE, GAP = 18, 2  # pixels from one line of text to the next, and between two images
+FONT = ImageFont.load_default(14)
 
 
 def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=()) -> Image.Image:
     """Images in [-1, 1] (B, C, H, W) under a caption, `rows` beside them, `heads` above equal columns."""
-    columns = columns or math.ceil(len(x) ** 0.5)
-    height, width = x.shape[-2:]
-    zoom = max(1, round(64 / max(height, width)))  # of small images, so that their pixels can be seen
+    columns, (height, width) = columns or math.ceil(len(x) ** 0.5), x.shape[-2:]
+    zoom = math.ceil(96 / max(height, width))  # of small images, so that their pixels can be seen
     cell_w, cell_h = width * zoom + GAP, height * zoom + GAP
 
     def fits(width: int) -> bool:  # beside the rows, each of whose labels then takes no more than its row
@@ -79,9 +78,12 @@ def cloud_picture(points: Tensor, size: int = 72, reach: float = 3.5) -> Tensor:
     return 1 - 2 * torch.from_numpy(counts).clamp(max=1).float()[None, None]
 
 
-def save_picture(picture: Image.Image, path: Path, **options) -> Path:
-    """Write a Pillow image in one step, in the format of its suffix; -> the path."""
+def save_picture(picture: Image.Image, path: Path, show: bool = True, **options) -> Path:
+    """Write a Pillow image in one step, in the format of its suffix; -> the path. Notebooks `show` it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         picture.save(file, format=path.suffix[1:].upper(), **options)
+    shell = "IPython" in sys.modules and sys.modules["IPython"].get_ipython()
+    if show and hasattr(shell, "kernel"):  # of a notebook that runs this script
+        sys.modules["IPython"].display.display(picture)
     return path

@@ -1,6 +1,8 @@
 """Run folders: checkpoints that never run code, logs, and folders of samples that are never mixed."""
 
 import json
+import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -108,6 +110,17 @@ def run_folder(path: str | Path) -> Path:
 def command_line(*flags: object, script: str | None = None) -> str:
     """A command line of this script, or of another beside it, that can be pasted into a shell."""
     return quoted("python", Path(sys.argv[0]).with_name(script) if script else sys.argv[0], *flags)
+
+
+def figure_of(script: str, *flags: object) -> list[PIL.Image.Image]:
+    """The figure that a command of another script makes; UserError with what it says if it fails."""
+    print(f"  {command_line(*flags, script=script)}")
+    command = [sys.executable, Path(__file__).parents[1] / script, *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    made = re.findall("^(?:figure|grid) +(.+)$", done.stdout, re.MULTILINE)
+    if done.returncode or not made:
+        raise UserError((done.stderr.strip().splitlines() or ["no figure was made"])[-1])
+    return [PIL.Image.open(made[0].strip("'\""), formats=["PNG"]).convert("RGB")]
 
 
 def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:

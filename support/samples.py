@@ -50,8 +50,12 @@ class Plan:
                 heads = [f"scale {scale:g}" for scale in columns]
                 self.save_grids([condition_grid(x, self.names, caption, heads) for x in found], name)
         if output.out and self.processes.first:
-            if self.names:
-                self.write_metadata(suffix, batches)
+            if self.names:  # the condition of each image; `--dataset folder` reads it as captions
+                with replacing(Path(output.out) / "metadata.jsonl") as file:
+                    for (scale, end), i in product(suffix.items(), range(batches * each)):
+                        text = self.names[i % each % len(self.names)]
+                        line = {"file_name": f"{i:05d}{end}.png", "text": text, "guidance_scale": scale}
+                        file.write(f"{json.dumps(line)}\n".encode())
             print("images  ", quoted(output.out))
 
     def save_grids(self, grids: list[Image.Image], name: str) -> None:
@@ -61,7 +65,7 @@ class Plan:
         if frames:
             times = [max(20, 4000 // len(frames))] * (len(frames) - 1) + [2000]  # milliseconds
             options = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-            gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), **options)
+            gif = save_picture(frames[0], new_path(path.with_suffix(".gif"), ".gif"), show=False, **options)
             print("gif     ", quoted(gif))
 
     def draw_in_batches(self, draw: Callable, numbers: Sequence[int], suffix: str) -> list[torch.Tensor]:
@@ -82,21 +86,13 @@ class Plan:
                 if out:
                     for i, picture in zip(batch, to_pictures(x_0), strict=True):
                         if not paths[i].exists():
-                            save_picture(picture, paths[i], pnginfo=info)
+                            save_picture(picture, paths[i], show=False, pnginfo=info)
                 elif len(shown) * size < GRID_LIMIT:
                     shown.append(x_0)
         if out:
             self.processes.barrier()
             shown = [read_images([*map(str, paths.values())][:GRID_LIMIT], self.shape[-1], self.shape[0])]
         return [torch.cat(shown), *frames]
-
-    def write_metadata(self, suffix: dict[float, str], batches: int) -> None:
-        """metadata.jsonl: the condition of each image; `--dataset folder` reads it as captions."""
-        with replacing(Path(self.output.out) / "metadata.jsonl") as file:
-            for (scale, end), i in product(suffix.items(), range(batches * self.output.sample)):
-                text = self.names[i % self.output.sample % len(self.names)]
-                line = {"file_name": f"{i:05d}{end}.png", "text": text, "guidance_scale": scale}
-                file.write(f"{json.dumps(line)}\n".encode())
 
 
 def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str, heads: Sequence[str]):
@@ -105,8 +101,7 @@ def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str
         return make_grid(x[0], caption)
     names = names[: len(x[0])]
     each = math.ceil(len(x[0]) / len(names))  # images of a condition in a block
-    across = min(each, max(1, 16 // len(x)))  # of them in a row
-    cells, rows = [], []
+    across, cells, rows = min(each, max(1, 16 // len(x))), [], []  # so many of them in a row
     for (k, name), start in product(enumerate(names), range(0, each, across)):
         rows.append(name if start == 0 else "")
         for block in x:

@@ -14,12 +14,14 @@ from PIL import Image
 import analysis
 import ddpm
 import ddpm_conditional
+import edit
 import utils
 from ddpm import Diffusion, ddim_stride
 from support import charts, measures
 from support.errors import UserError
 from support.generators import seeded_generator as generator
 from support.images import image_files, to_uint8, to_x_0
+from support.settings import Parser, add_settings
 
 
 def normal(*shape, seed=0):
@@ -39,7 +41,7 @@ def drawn():
 def quick_charts(request, monkeypatch):
     """An empty chart for the other tests: matplotlib takes a second or more for one."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr("support.charts.draw_chart", lambda chart: Image.new("RGB", (300, 200)))
+        monkeypatch.setattr("support.charts.draw_chart", lambda chart, width: Image.new("RGB", (width, 200)))
 
 
 # charts
@@ -635,7 +637,7 @@ def test_noise_measures_each_reconstruction_at_each_level(analyse, runs, tmp_pat
 def test_noise_draws_all_that_it_measured(analyse, runs, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "support.charts.draw_chart", lambda chart: drawn.append(chart) or Image.new("RGB", (9, 9))
+        "support.charts.draw_chart", lambda chart, width: drawn.append(chart) or Image.new("RGB", (9, 9))
     )
     assert run_study(analyse, runs, "noise", STUDIES["noise"] + " --levels 10,20 --out o").code == 0
     assert Diffusion(20, "cosine").snr[20] < 1e-4  # which was once left out
@@ -913,8 +915,18 @@ def test_the_iterative_way_is_shown_after_every_fifth_stride(analyse, runs, monk
     assert heads == [*(f"t = {t}" for t in fifth), "iterative", "one step", "blurred"]
 
 
-def test_report_has_a_page_for_each_study(analyse, runs, tmp_path, monkeypatch):
-    asked, parser = {}, analysis.make_parser()
+def parsed(script, flags):
+    """The settings that a command of another script asks for, by its own parser."""
+    module = {"ddpm.py": ddpm, "ddpm_conditional.py": ddpm_conditional, "edit.py": edit}[script]
+    if module is edit:
+        return vars(edit.make_parser().parse_args([*map(str, flags)]))
+    parser = Parser()
+    add_settings(parser, module.GROUPS)
+    return vars(parser.parse_args([*map(str, flags)]))
+
+
+def test_report_has_pages_for_each_item_in_its_order(analyse, runs, tmp_path, monkeypatch):
+    asked, made, parser = {}, [], analysis.make_parser()
 
     def quick(name, study):
         """The study, recorded, with the settings that make it quick."""
@@ -932,23 +944,63 @@ def test_report_has_a_page_for_each_study(analyse, runs, tmp_path, monkeypatch):
         name: study if name == "report" else quick(name, study) for name, study in analysis.STUDIES.items()
     }
     monkeypatch.setattr(analysis, "STUDIES", studies)
+    monkeypatch.setattr(
+        "support.runs.figure_of", lambda *command: made.append(command) or [Image.new("RGB", (400, 900))]
+    )
     classifier = ["--classifier", runs / "classifier_digits"]
     result = analyse("report", runs / "ddpm_conditional_digits", *classifier, "--seed", 3, "--out", "o")
-    assert result.code == 0, result.err
-    assert list(asked) == [name for name in analysis.STUDIES if name != "report"]
+    assert result.code == 0 and "left out" not in result.err, result.err
+    order = [what for _, what in analysis.REPORT]
+    assert list(asked) == [what for what in order if what in studies]
+    assert set(asked) == {*studies} - {"report"}  # no study is forgotten
+    assert [command[0] for command in made] == [
+        what.split()[0].format(script="ddpm_conditional.py") for what in order if what not in studies
+    ]
+    for script, *flags in made:
+        typed = parsed(script, flags)
+        assert str(typed["checkpoint"]) == str(runs / "ddpm_conditional_digits") and typed["seed"] == 3
+        if "image" in typed:
+            assert [Image.open(file).size for file in typed["image"]] == [(8, 8)]
     assert (asked["forward"].dataset, asked["forward"].image_size) == ("digits", 8)  # the run's, not ours
     assert all(asked[name].noise_steps == 20 for name in ("schedules", "forward", "weights"))
     assert all(settings.seed == 3 for settings in asked.values())
     pdf = (tmp_path / "o/report.pdf").read_bytes()
-    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) == 1 + len(asked)  # settings
+    assert pdf.startswith(b"%PDF") and len(re.findall(rb"/Type /Page\b", pdf)) >= 1 + len(order)
     assert b"/Type42" in pdf.replace(b" ", b"") or b"/CIDFontType2" in pdf  # letters, not drawings of them
     for study in asked:
         assert (tmp_path / f"o/{study}.png").is_file() and (tmp_path / f"o/{study}.csv").is_file()
 
 
+def texts_of(page) -> list[str]:
+    return [text.get_text() for place in page.subfigs for text in place.texts]
+
+
+def test_a_page_has_heading_question_figure_numbers_and_room_for_a_text():
+    curves = {"a": ((1, 2, 3), (4, 5, 6)), "b": ((1, 2, 3), (6, 5, 4))}
+    chart = charts.Chart([charts.Panel(f"panel {i}", "t", "y", curves) for i in range(5)])
+    grid, rows = Image.new("RGB", (1600, 900)), [{"setting": k, "value": 1234.5678} for k in range(150)]
+    pages = charts.pages_of("heading", "a question?", "how to read it", [grid, chart], rows)
+    drawn = [charts.draw_page(page) for page in pages]
+    text = [line for page in drawn for line in texts_of(page)]
+    assert text[:2] == ["heading", "a question?"] and text[-1] == "Your text:"
+    after = text[text.index("how to read it") + 1 : -1]
+    lines = "\n".join(after).splitlines()
+    assert len(lines) == 151 and all(line.endswith("1.23e+03") for line in lines[1:])  # none is left out
+    for page, parts in zip(drawn, pages, strict=True):
+        assert sum(tall for tall, _ in parts) <= charts.TALL
+        page.draw_without_rendering()
+        boxes = [text.get_window_extent() for place in page.subfigs for text in place.texts]
+        boxes += [ax.get_tightbbox() for place in page.subfigs for ax in place.axes]
+        for i, box in enumerate(boxes):
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.bbox.x1 and box.y1 <= page.bbox.y1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+    axes = [ax for page in drawn for place in page.subfigs for ax in place.axes]
+    assert sum(bool(ax.lines) for ax in axes) == 5  # charts are drawn as lines, not as a picture of them
+    assert sum(bool(ax.images) for ax in axes) == 1
+
+
 def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch):
-    few = {name: analysis.STUDIES[name] for name in ("losses", "noise", "report")}
-    asked, pages = [], []
+    few, asked, pages = dict(analysis.STUDIES), [], []
     for name in ("losses", "noise"):
 
         def run(settings, *models, name=name):
@@ -957,30 +1009,29 @@ def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch
 
         few[name] = few[name]._replace(run=run)
     monkeypatch.setattr(analysis, "STUDIES", few)
-    monkeypatch.setattr(analysis, "draw_page", lambda *page: pages.append(page))
-    monkeypatch.setattr(analysis, "write_report", lambda path, pages: path)
+    monkeypatch.setattr(analysis, "REPORT", [("1", "losses"), ("P2", "noise")])
+    monkeypatch.setattr(analysis, "write_report", lambda path, found: pages.extend(found) or path)
     both = [runs / "ddpm_digits", runs / "p2"]
     assert analyse("report", *both, "--out", "o").code == 0
     assert asked == [("losses", 2), ("noise", 1), ("noise", 1)]
-    title, _, figure, rows = pages[0]
-    assert title == "settings" and figure.width > 100  # previews of both
-    row = next(row for row in rows if row["setting"] == "weighting")
-    assert list(row.values()) == ["weighting", "None", "p2"]
-
-
-def test_a_page_has_all_rows_of_a_long_table_as_long_as_they_can_be_read():
-    for rows, all_of_them in ((60, True), (110, True), (400, False)):
-        page = charts.draw_page("settings", "", None, [{"setting": k, "run": 1} for k in range(rows)])
-        lines = [text for text in page.texts if text.get_family() == ["monospace"]]
-        assert (len(lines) == rows + 1) == all_of_them
-        assert lines[0].get_fontsize() >= 5 and min(text.get_position()[1] for text in lines) > 0.02
+    text = [texts_of(charts.draw_page(page)) for page in pages]
+    assert sum(lines[0].startswith("P2: noise") for lines in text) == 2
+    settings = next(line for lines in text for line in lines if line.startswith("setting"))
+    assert re.search(r"^weighting +None +p2$", settings, re.MULTILINE)
 
 
 def test_report_tells_on_its_page_why_a_study_is_left_out(analyse, runs, monkeypatch):
-    few = {name: analysis.STUDIES[name] for name in ("guidance", "report")}
-    monkeypatch.setattr(analysis, "STUDIES", few)
+    monkeypatch.setattr(analysis, "REPORT", [("2.c", "guidance")])
     result = analyse("report", runs / "ddpm_digits", "--out", "o")
     assert result.code == 0 and "guidance is left out" in result.err and "--classifier RUN" in result.err
+
+
+def test_the_figure_of_another_script_or_what_it_says(runs, capsys):
+    flags = ["--sample", 3, "--sample-steps", 2, "--device", "cpu", "--checkpoint"]
+    (figure,) = analysis.runs.figure_of("ddpm.py", *flags, runs / "ddpm_digits")
+    assert figure.width > 2 * 96
+    with pytest.raises(UserError, match="no checkpoint nowhere"):
+        analysis.runs.figure_of("ddpm.py", *flags, "nowhere")
 
 
 def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_to_install(

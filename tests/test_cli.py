@@ -152,10 +152,20 @@ def test_a_schedule_that_keeps_signal_is_a_note(script, monkeypatch):
 def test_grid_places_images_in_order():
     x = torch.linspace(-1, 1, 6).view(6, 1, 1, 1).repeat(1, 1, 64, 64)
     grid = make_grid(x, columns=3).convert("L")
-    seen = [grid.getpixel((2 + 66 * (i % 3) + 30, 2 + 66 * (i // 3) + 30)) for i in range(6)]
+    seen = [grid.getpixel((2 + 130 * (i % 3) + 60, 2 + 130 * (i // 3) + 60)) for i in range(6)]
     assert seen == [round(255 * i / 5) for i in range(6)]
     captioned = make_grid(x, caption="a caption that is long enough to need several lines", columns=1)
-    assert captioned.height > make_grid(x, columns=1).height and captioned.width == 68
+    assert captioned.height > make_grid(x, columns=1).height and captioned.width == 132
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 16, 28, 32, 64, 95, 96, 128])
+def test_no_image_of_a_grid_is_smaller_than_96_pixels_and_small_ones_keep_their_pixels(size):
+    x = torch.zeros(1, 1, size, size)
+    x[..., 0] = 1  # a white column
+    grid = np.asarray(make_grid(x).convert("L"))[2:-2, 2:-2]
+    assert grid.shape[0] >= 96 and grid.shape[1] >= 96 and grid.shape[1] <= max(96, size) + size
+    zoom = grid.shape[1] // size
+    assert (grid[:, :zoom] == 255).all() and (size == 1 or (grid[:, zoom : size * zoom] == 128).all())
 
 
 def test_pixels_are_rounded_not_truncated():

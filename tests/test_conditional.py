@@ -462,7 +462,7 @@ def test_a_grid_of_conditions_and_scales():
         here = np.isclose(grid, value, atol=1)
         here[:, here.sum(0) < 60] = False  # not the lines of letters
         here[here.sum(1) < 60] = False
-        return np.flatnonzero(here.any(1)).min(), np.flatnonzero(here.any(0)).min(), here.sum() / 64**2
+        return np.flatnonzero(here.any(1)).min(), np.flatnonzero(here.any(0)).min(), here.sum() / 128**2
 
     first, first_3, second, second_3 = (block(value) for value in (0, 128, 64, 191))
     assert [round(pixels) for *_, pixels in (first, first_3, second, second_3)] == [3, 3, 2, 2]

@@ -176,12 +176,18 @@ def test_a_study_of_the_training_data_names_what_is_unknown(script, tiny, study)
 def test_a_report_shows_published_weights_on_images_of_the_user(tmp_path, script, tiny, monkeypatch):
     """Studies that need no training images work; the others are left out by name."""
     Image.effect_noise((40, 30), 90).save("photo.png")
-    fast = ("weights", "forward", "denoise", "losses", "evaluate", "guidance", "report")
-    monkeypatch.setattr(analysis, "STUDIES", {name: analysis.STUDIES[name] for name in fast})
+    fast, made = ("weights", "forward", "denoise", "losses", "evaluate", "guidance", "sdedit", "ddpm"), []
+    few = [
+        (item, what) for item, what in analysis.REPORT if {*what.split()[:2]} & {*fast} or "{script}" in what
+    ]
+    monkeypatch.setattr(analysis, "REPORT", few)
+    picture = Image.new("RGB", (300, 200))
+    monkeypatch.setattr("support.runs.figure_of", lambda *words: made.append(words) or [picture])
     result = script(analysis, "report", tiny, "--image", "photo.png", "--device", "cpu")
     assert result.code == 0 and (tmp_path / "runs/tiny-ddpm-16/report.pdf").is_file(), result.err
-    left_out = {line.split()[1] for line in result.err.splitlines() if "is left out" in line}
-    assert left_out == {"evaluate", "guidance"}, result.err
+    left_out = re.findall("note: .*: (.*) is left out", result.err)
+    assert left_out == ["guidance", "evaluate"], result.err
+    assert [words[0] for words in made] == ["ddpm.py", "edit.py"] and "photo.png" in made[1]
 
 
 # ------------------------------------------------------------------------------------------------------------
