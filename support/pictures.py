@@ -28,7 +28,8 @@ def make_grid(x: Tensor, caption="", columns: int | None = None, rows=(), heads=
         narrow = all(FONT.getlength(line) <= width for lines in wrapped for line in lines)
         return narrow and LINE * max(map(len, wrapped)) <= cell_h
 
-    left = 8 + next(filter(fits, range(20, 10**5, 10))) if any(rows) else 0
+    least = max((FONT.getlength(line) for row in rows for line in row.splitlines()), default=0)
+    left = 8 + next(filter(fits, range(min(100, round(least) + 4), 10**5, 10))) if any(rows) else 0
     lines = wrap(caption, left + columns * cell_w - 2 * GAP)
     span = columns * cell_w // max(1, len(heads))  # pixels under one head
     head_lines = [wrap(head, span - 2 * GAP) for head in heads]
