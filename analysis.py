@@ -311,16 +311,6 @@ def reconstructions(model, x_t: Tensor, y, levels: Sequence[int], draws: dict[st
     return found
 
 
-def compare(x: Tensor, x_0: Tensor, mean: Tensor | float) -> dict:
-    """Measures of x beside x_0, (B, C, H, W) both; energy is counted from `mean`, what all images share."""
-    kept = dict(zip(BANDS, measures.kept_bands(x - mean, x_0 - mean).tolist(), strict=True))
-    if x.shape[1] == 3:
-        kept["luma"], kept["chroma"] = measures.kept_colour(x - mean, x_0 - mean).tolist()
-    row = {"mse": ((x - x_0) / 2).square().mean().item(), "psnr": psnr(x, x_0).mean().item()}
-    row["ssim"] = measures.ssim(x, x_0).mean().item()
-    return row | {f"{what} kept": share if math.isfinite(share) else None for what, share in kept.items()}
-
-
 def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callable | None = None) -> list:
     """Rms distance of two noisings of one image and of two, at forty levels (P2, Choi et al. 2022, figure 2).
 
@@ -338,6 +328,7 @@ def two_noisings(diffusion: Diffusion, x_0: Tensor, seed: int, features: Callabl
 
 NOISE = "image images show levels snr samplers sample_steps draws no_clip keep_eps classifier batch_size"
 BOUND = "autoencoder, no noise"  # the same at every level
+LOOK = {"x_t": "what the model gets", "one-step x_0": "the mean of all images that fit: a blur where many do"}
 KEEPING_EPS = {"ddim, eps kept": ddim_keeping_eps}  # by the denoiser without clipping
 
 
@@ -371,7 +362,7 @@ def noise(settings: Settings, model: Model) -> Result:
         found[BOUND] = space.decode(x_0).clamp(-1, 1).expand(L, 1, *x.shape)
     for name, made in found.items():
         for level, several in reversed(list(zip(levels, made, strict=True))):  # several: (K, B, C, H, W)
-            each = [compare(draw, x, mean) for draw in several]
+            each = [measures.compare(draw, x, mean) for draw in several]
             row, K = {"reconstruction": name, "t": level, "snr": diffusion.snr[level]}, len(several)
             row |= {key: None if each[0][key] is None else np.mean([m[key] for m in each]) for key in each[0]}
             if evaluator:
@@ -425,7 +416,8 @@ def noise_grids(shown: dict, x_0: Tensor, diffusion: Diffusion, levels: Sequence
             parts = {f"{name}, one draw": x[:, 0], f"{name}, mean of {x.shape[1]} draws": x.mean(1)}
         for caption, part in parts.items():
             cells = torch.stack([*part.flip(0)[:, : len(x_0)], *ends.values()], dim=1).flatten(0, 1)
-            grids.append(make_grid(cells, caption, len(heads), labels, heads))
+            look = LOOK.get(name, "from which column on is it another image?")
+            grids.append(make_grid(cells, f"{caption}: {look}", len(heads), labels, heads))
     return grids
 
 
@@ -534,8 +526,9 @@ def forward(settings: Settings) -> Result:
         for rank, row in enumerate(sorted(rows, key=key, reverse=True), start=1):
             row[which] = rank
     grids, heads = [], ["x_0", *(f"t = {t}" for t in shown)]
-    captions = {what: (f"{what}, by schedule and time", heads) for what in (*CLOUDS, "an image")}
-    captions["parts"] = (f"parts of x_t, t = {t_parts}", ["signal", "noise", "sum: x_t"])
+    look = "from which column on is it noise? By schedule, sooner or later"
+    captions = {what: (f"{what}: {look}", heads) for what in (*CLOUDS, "an image")}
+    captions["parts"] = (f"x_t at t = {t_parts}: signal and noise", ["signal", "noise", "sum: x_t"])
     for what, (caption, above) in captions.items():
         cells = torch.cat([x for pictures, _ in found.values() for x in pictures[what]])
         grids.append(make_grid(cells, caption, len(above), names, above))
@@ -662,7 +655,10 @@ def denoise(settings: Settings, *models: Model) -> Result:
         shown = {f"t = {t}": x for t, x in kept.items()} | {k: ways[k] for k in ("iterative", "one step")}
         shown["blurred"] = low_pass(ways["x_t"], x_0.shape[-1] / 8)
         cells = torch.cat([model.space.decode(x) for x in shown.values()])
-        figure.append(make_grid(cells, "after each fifth stride", len(shown), heads=[*shown]))
+        caption = (
+            "after each fifth stride: noise becomes an image; one step gives the mean of all, a blur nothing"
+        )
+        figure.append(make_grid(cells, caption, len(shown), heads=[*shown]))
     for model in denoisers:
         seen, of_denoiser = one_level(model)
         by_epoch = curves(of_denoiser, "denoised by", "sigma", "psnr")
@@ -777,10 +773,10 @@ def samplers(settings: Settings, model: Model) -> Result:
     own = [x for (_, schedule, _), x in pictures.items() if schedule == trained]
     foreign = {schedule: x for (_, schedule, _), x in pictures.items() if schedule != trained}
     drawn, heads = list(dict.fromkeys(settings.samplers)), [f"{n} steps" for n in counts]
-    caption = f"{model.path}: two starting noises, the same for all"
+    caption = f"{model.path}: two starting noises. From how many steps on does nothing change any more?"
     grids = [make_grid(torch.cat(own), caption, 2 * len(counts), drawn, heads)]
     if foreign:
-        caption = f"trained on {trained}, sampled on another schedule, ddim {min(20, T)} steps"
+        caption = f"trained on {trained}, sampled on another schedule, ddim {min(20, T)} steps: is any worse?"
         grids.append(make_grid(torch.cat([*foreign.values()]), caption, 2 * len(foreign), heads=[*foreign]))
     for what in ("distance to DDIM's end point", "frechet", "ms per image"):
         seen = [row for row in rows if row.get("schedule") == trained and row.get(what) != 0]  # log 0
@@ -871,7 +867,9 @@ def guidance(settings: Settings, model: Model) -> Result:
             rows.append(measured(kind, scale, x, y if y.ndim == 1 else of))  # a caption by its number
             shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
         cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
-        caption = f"{kind} guidance, {sampler} {steps} steps; at all scales the same noise"
+        caption = (
+            f"{kind} guidance, {sampler} {steps} steps: from which scale on is the label right, or broken?"
+        )
         grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
     last = [measured("real images", None, to_x_0(real[1]), real[2])] if real else []
     level = [one | {"scale": s} for one in last for s in (min(scales), max(scales))]  # drawn as a line
@@ -945,7 +943,7 @@ def evaluate(settings: Settings, *models: Model) -> Result:
     floor = to_x_0(data.images[second[:n]])  # the score of other real images against the same half
     nearest, _ = nearest_images(floor, images, skip=1)
     rows.append({"run": "real images"} | measured(floor, data.labels[second[:n]], nearest))
-    caption = f"samples, and the nearest of {len(images)} training images to each"
+    caption = f"samples, and the nearest of {len(images)} training images to each: is any of them a copy?"
     notes = [f"as {path} sees them, trained on most of them; against {len(first)} real, and so is the last"]
     notes += ["row: other real ones. sure: share with some label above 95 %. nearest: rms distance per pixel"]
     notes += ["of [0, 1] to the nearest training image (of a real one, to another one)"]
@@ -1071,7 +1069,7 @@ def score(settings: Settings, model: Model | None = None) -> Result:
             x, evaluations = draw_samples(model, range(n), sampler, min(steps, model.diffusion.T), settings)
             row = {"data": model.path, "sampler": way, "evaluations": evaluations, "n": n}
             rows.append(row | (quality(evaluator.features(x), half) if evaluator else {}))
-            grids.append(make_grid(x[:16], f"{way}, {evaluations} evaluations", 8))
+            grids.append(make_grid(x[:16], f"{way}, {evaluations} evaluations: can as many be read?", 8))
         rows += [{"data": model.path, "sampler": "real", "n": n, **quality(rest, half)}] if evaluator else []
     panels = [Panel(way, *PLANE, {way: x.flatten(1).T.tolist()}, kind="points") for way, x in clouds.items()]
     x, y = (c.flatten() for c in torch.meshgrid(*[torch.linspace(-1.6, 1.6, 17)] * 2, indexing="xy"))

@@ -68,6 +68,16 @@ def kept_colour(x: Tensor, x_0: Tensor) -> Tensor:
     return share_kept(*(torch.stack([z[0].sum(), z[1:].sum()]) for z in (x * x_0, x_0.square())))
 
 
+def compare(x: Tensor, x_0: Tensor, mean: Tensor | float) -> dict:
+    """Measures of x beside x_0, (B, C, H, W) both; energy is counted from `mean`, what all images share."""
+    kept = dict(zip(BANDS, kept_bands(x - mean, x_0 - mean).tolist(), strict=True))
+    if x.shape[1] == 3:
+        kept["luma"], kept["chroma"] = kept_colour(x - mean, x_0 - mean).tolist()
+    row = {"mse": ((x - x_0) / 2).square().mean().item(), "psnr": psnr(x, x_0).mean().item()}
+    row["ssim"] = ssim(x, x_0).mean().item()
+    return row | {f"{what} kept": share if math.isfinite(share) else None for what, share in kept.items()}
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """|m_a - m_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)), features (n, D), (m, D); UserError if n, m <= D."""
     if (fewest := min(len(a), len(b))) <= (D := a.shape[1]):  # then covariances S are not of full rank
