@@ -1108,8 +1108,9 @@ def report(settings: Settings, *models: Model) -> None:
 
     Each has a heading, a question, its figure, how to read it, its numbers and room for a text of yours.
     """
-    load_evaluator(settings.classifier, models[0])  # an error here comes before the work
+    load_evaluator(settings.classifier, models[0])  # errors here come before the work
     same_data(models)
+    charts.new_figure(1, 1)
     folder, last = Path(settings.out) if settings.out else models[0].folder, models[-1]
     of_run = {key: last.config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
     known = {key: value for key, value in (of_run | vars(settings)).items() if value is not None}

@@ -118,7 +118,7 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
         ax.legend(fontsize=7, markerscale=4 if panel.kind == "points" else 1, **below)
 
 
-def table(rows: Sequence[dict], digits: int = 4) -> list[list[str]]:
+def table(rows: Sequence[dict], digits: int) -> list[list[str]]:
     """A table's cells, its header first: every column that some row has; None as an empty cell."""
     header = list(dict.fromkeys(column for row in rows for column in row))
     cells = [["" if row.get(column) is None else row[column] for column in header] for row in rows]
@@ -198,7 +198,7 @@ def pages_of(title: str, question: str, text: str, figure: Sequence, rows: Seque
     """The pages of a study, lists of Parts: heading, question, figure, how to read it, numbers, your text."""
     lines, wrap = aligned(rows), textwrap.wrap
     size = min(8.0, WIDE * 72 / (0.61 * max(map(len, lines), default=1)))  # in points: as wide as fits
-    parts = [words([title], 18), words(wrap(question, 72), 13, style="italic")]
+    parts = [words(wrap(title, 52), 18), words(wrap(question, 72), 13, style="italic")]
     parts += [row for part in figure for row in shown(part)]
     parts += [words(wrap(text, 105), 9)] if text else []
     parts += [words(lines[i : i + 60], size, family="monospace") for i in range(0, len(lines), 60)]

@@ -1045,6 +1045,8 @@ def test_without_matplotlib_grids_and_tables_are_written_and_one_line_says_what_
     assert (tmp_path / "o/noise.png").is_file() and not (tmp_path / "o/losses.png").exists()
     result = analyse("schedules", "--out", "o")
     assert "pip install matplotlib" in error_line(result) and (tmp_path / "o/schedules.csv").is_file()
+    result = analyse("report", runs / "ddpm_digits", "--out", "p")  # says so at once
+    assert "pip install matplotlib" in error_line(result) and not [*(tmp_path / "p").glob("*")]
 
 
 # errors
