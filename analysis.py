@@ -539,7 +539,9 @@ def forward(settings: Settings) -> Result:
     chart += [Panel("variance where the mean is not scaled", "t", "variance", lines["unscaled"])]
     notes = ["half-life: t where a measure is down to one half. Points: the share of 10 nearest points kept,"]
     notes += [f"mean of {' and '.join(CLOUDS)}; image: correlation with x_0, standardised. rank: by both"]
-    apart = [row for row in rows if abs(row["rank by points"] - row["rank by image"]) > 2]
+    apart = [
+        row for row in rows if abs(row["rank by points"] - row["rank by image"]) > min(2, len(rows) // 3)
+    ]
     differ = "; ".join("{schedule} {rank by points} and {rank by image}".format_map(row) for row in apart)
     trust = "trust points for fine detail, which little noise hides, and the image for its layout"
     notes += [f"ranks by points and by image differ: {differ}: {trust}"] if apart else []
@@ -892,7 +894,7 @@ def claims(rows: Sequence[dict]) -> list[str]:
         row, plain, held = of[end], min(of, key=lambda row: abs(row["scale"] - 1)), []
         for claim, key, sign in claimed if row is not plain else ():
             if row.get(key) is not None:
-                answer = "yes" if sign * (row[key] - plain[key]) > 0 else "no"
+                answer = "yes" if sign * (row[key] - plain[key]) > 0.01 * abs(plain[key]) else "no"
                 held.append(f"{claim}: {answer} ({key} {plain[key]:.3g} to {row[key]:.3g})")
         scales = f"scale {row['scale']:g} beside {plain['scale']:g}"
         lines += [f"{kind}, {scales}, {which}? {', '.join(held)}"] if held else []

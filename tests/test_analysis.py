@@ -1181,6 +1181,8 @@ def test_claims_about_guidance_are_answered_by_the_table():
     assert analysis.claims(rows) == [f"cfg, scale 5 beside 1, too strong? {strong}"]
     rows.append(row | {"scale": 0.0, "sharpness": 0.01, "accuracy": 0.1})
     rows[0]["accuracy"] = 0.9
+    rows[1]["diversity"] = 0.1999  # what an untrained model may give
+    assert "less diverse: no" in analysis.claims(rows[:2])[0]
     weak = analysis.claims(rows)[1]
     assert "too weak" in weak and "blurry: yes" in weak and "random: yes (accuracy 0.9 to 0.1)" in weak
 
