@@ -89,7 +89,8 @@ def draw_chart(chart: Chart, width: int = 1100) -> Image.Image:
 
 def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
     """Draw a panel on matplotlib's axes, with their labels so many inches wide."""
-    for name, columns in panel.curves.items():
+    for i, (name, columns) in enumerate(panel.curves.items()):
+        style = {"linewidth": 1.3, "linestyle": ("-", "--", ":")[i // 10 % 3]}  # of ten colours
         drawn = [point for point in zip(*columns, strict=True) if point[0] > panel.x_from]
         columns = tuple(zip(*drawn, strict=True)) or columns
         if panel.kind == "arrows":
@@ -97,7 +98,7 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
         elif panel.kind == "points":
             ax.plot(*columns, ".", markersize=1.5, label=name)
         else:
-            ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", linewidth=1.3, label=name)
+            ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", label=name, **style)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10)

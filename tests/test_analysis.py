@@ -971,6 +971,12 @@ def test_report_has_pages_for_each_item_in_its_order(analyse, runs, tmp_path, mo
         assert (tmp_path / f"o/{study}.png").is_file() and (tmp_path / f"o/{study}.csv").is_file()
 
 
+def test_no_two_of_many_curves_look_the_same():
+    curves = {f"curve {i}": ((1, 2), (i, i)) for i in range(25)}
+    charts.draw_panel(ax := charts.new_figure(4, 3).subplots(), charts.Panel("p", "x", "y", curves))
+    assert len({(line.get_color(), line.get_linestyle()) for line in ax.lines}) == 25
+
+
 def texts_of(page) -> list[str]:
     return [text.get_text() for place in page.subfigs for text in place.texts]
 
