@@ -526,7 +526,7 @@ def forward(settings: Settings) -> Result:
         for rank, row in enumerate(sorted(rows, key=key, reverse=True), start=1):
             row[which] = rank
     grids, heads = [], ["x_0", *(f"t = {t}" for t in shown)]
-    look = "from which column on is it noise? By schedule, sooner or later"
+    look = "from which column on is it noise? Schedules differ in that"
     captions = {what: (f"{what}: {look}", heads) for what in (*CLOUDS, "an image")}
     captions["parts"] = (f"x_t at t = {t_parts}: signal and noise", ["signal", "noise", "sum: x_t"])
     for what, (caption, above) in captions.items():
@@ -658,7 +658,7 @@ def denoise(settings: Settings, *models: Model) -> Result:
         shown["blurred"] = low_pass(ways["x_t"], x_0.shape[-1] / 8)
         cells = torch.cat([model.space.decode(x) for x in shown.values()])
         caption = (
-            "after each fifth stride: noise becomes an image; one step gives the mean of all, a blur nothing"
+            "after each fifth stride: noise becomes an image; one step gives a mean of all, a blur gives gray"
         )
         figure.append(make_grid(cells, caption, len(shown), heads=[*shown]))
     for model in denoisers:
@@ -870,7 +870,7 @@ def guidance(settings: Settings, model: Model) -> Result:
             shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
         cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
         caption = (
-            f"{kind} guidance, {sampler} {steps} steps: from which scale on is the label right, or broken?"
+            f"{kind} guidance, {sampler} {steps} steps: at which scales are labels right, or images broken?"
         )
         grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
     last = [measured("real images", None, to_x_0(real[1]), real[2])] if real else []
@@ -1127,9 +1127,8 @@ def report(settings: Settings, *models: Model) -> None:
         for group in {0: [[]], math.inf: [models]}.get(one.most, each) if one else [[last]]:
             figure, rows, text, words = [], [], "", [part.format(**values) for part in command.split()]
             name = " ".join(words).split(" -")[0]
-            print(
-                "\n" + (title := ", ".join([f"{item}: {name}", *(m.path for m in group if len(models) > 1)]))
-            )
+            title = ", ".join([f"{item}: {name}", *(m.path for m in group if len(models) > 1)])
+            print(f"\n{title}")
             try:
                 if one:
                     chosen = {key: value for key, value in known.items() if key in rows_of(one.settings)}

@@ -82,7 +82,7 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         emb = 0 if self.time is None else self.time(F.silu(emb))[:, :, None, None]  # (B, c_out, 1, 1)
         if self.adagn:
-            scale, shift = emb.chunk(2, dim=1)  # of 2 c_out: (B, c_out, 1, 1) each
+            scale, shift = emb.chunk(2, dim=1)  # emb has 2 c_out here: (B, c_out, 1, 1) each
             h = (1 + scale) * self.norm2(h) + shift  # (B, c_out, H, W)
         else:
             h = self.norm2(h + emb)  # (B, c_out, H, W)
