@@ -44,7 +44,7 @@ from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import BANDS, correlation, nearest_images, neighbours_kept, psnr, quality, standardised
 from support.operators import low_pass
-from support.pictures import cloud_picture, make_grid, save_picture
+from support.pictures import make_grid, save_picture
 from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
 from support.text import ConditionSettings, conditions
@@ -271,11 +271,13 @@ def over_snr(title: str, y: str, lines: dict, log: str = "xy", x_from: float = 1
 # 1. The P2 comparison: what a model recovers from x_t ------------------------------------------------------
 def ddim_keeping_eps(diffusion, eps_theta, x, timesteps, generator=None):
     """DDIM, eq. 12, with x_0 clipped and eps as it was, as in diffusers; `clip_x_0` derives eps again."""
-    for t, _, _, ab_s in diffusion.strides(x, timesteps):
+    # Start: DDIM sampling that keeps eps
+    for t, _, _, ab_s in diffusion.strides(x, timesteps):  # t -> s, the next t; ab is alpha_bar
         eps = eps_theta(x, t)
         x_0 = diffusion.x_0_from_eps(x, eps, t).clamp(-1, 1)
         x = ab_s**0.5 * x_0 + (1 - ab_s) ** 0.5 * eps  # eq. 12 for eta = 0
     return x
+    # End
 
 
 def chains(diffusion, eps_theta, sampler, x_t, levels, steps, generators):
@@ -470,7 +472,7 @@ def half_life(t: Sequence[int], values: Sequence[float]) -> float:
 
 
 def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_parts: int, seed: int):
-    """Of noised points and x_0 (B, C, H, W): {title: pictures at times `shown`}, {measure: (t, values)}."""
+    """Noised x_0 (B, C, H, W) at times `shown`, {name: points} at them, and {measure: (t, values)}."""
     T, times = diffusion.T, sorted({at(25 * k, diffusion.T) for k in range(1, 41)})
     clouds = {name: cloud(500, seeded_generator(seed, 0)) for name, cloud in CLOUDS.items()}
     many = standardised(x_0.repeat(math.ceil(50000 / x_0.numel()), 1, 1, 1))  # enough to measure a variance
@@ -480,12 +482,12 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
 
     # Start: what the forward process leaves
     # (a) points, and the share of their neighbours that stay
-    rows = {k: [cloud_picture(noised(x, t) if t else x) for t in (0, *shown)] for k, x in clouds.items()}
+    points = {name: [x, *(noised(x, t) for t in shown)] for name, x in clouds.items()}
     kept = [np.mean([neighbours_kept(noised(x, t), x) for x in clouds.values()]) for t in times]
     # (b) the image, and for one t its parts: DDPM, eq. 4: x_t = sqrt(ab) x_0 + sqrt(1 - ab) eps
-    rows["an image"] = [x_0[:1], *(noised(x_0, t)[:1] for t in shown)]
+    pictures = [x_0[:1], *(noised(x_0, t)[:1] for t in shown)]
     signal, x_t = diffusion.scales(t_parts, x_0)[0] * x_0[:1], noised(x_0, t_parts)[:1]
-    rows["parts"] = [signal, x_t - signal, x_t]
+    pictures += [signal, x_t - signal, x_t]
     alike = [correlation(noised(many, t), many) for t in times]  # sqrt(ab), as they are standardised
     # (c) the variance at every t, of standardised x_0: 1 if the process preserves it, and 1 + sum beta
     # for x_0 + sqrt(sum beta) eps, a process that adds the same noise and does not scale the mean
@@ -496,7 +498,8 @@ def what_is_left(diffusion: Diffusion, x_0: Tensor, shown: Sequence[int], t_part
         unscaled.append((many + diffusion.beta[:t].sum().sqrt() * eps).var().item())
     # End
     left = {"points": (times, kept), "image": (times, alike)}
-    return rows, left | {"variance": (range(1, T + 1), variance), "unscaled": (range(1, T + 1), unscaled)}
+    left |= {"variance": (range(1, T + 1), variance), "unscaled": (range(1, T + 1), unscaled)}
+    return pictures, points, left
 
 
 @study("schedules noise_steps image dataset image_size at")
@@ -514,7 +517,7 @@ def forward(settings: Settings) -> Result:
     t_parts, table = at(settings.at, T), schedules(settings)
     found = {name: what_is_left(Diffusion(T, name), x_0, shown, t_parts, settings.seed) for name in names}
     rows = [*{row["schedule"]: row for row in table.rows}.values()]  # one of each name, as in `found`
-    for row, (_, left) in zip(rows, found.values(), strict=True):
+    for row, (_, _, left) in zip(rows, found.values(), strict=True):
         (times, kept), (_, alike), (_, variance), (_, unscaled) = left.values()
         row |= {"points half-life": half_life(times, kept), "image half-life": half_life(times, alike)}
         row |= {"mean neighbours kept": np.mean(kept), "mean correlation": np.mean(alike)}
@@ -525,27 +528,30 @@ def forward(settings: Settings) -> Result:
     for which, key in order.items():
         for rank, row in enumerate(sorted(rows, key=key, reverse=True), start=1):
             row[which] = rank
-    grids, heads = [], ["x_0", *(f"t = {t}" for t in shown)]
-    look = "from which column on is it noise? Schedules differ in that"
-    captions = {what: (f"{what}: {look}", heads) for what in (*CLOUDS, "an image")}
-    captions["parts"] = (f"x_t at t = {t_parts}: signal and noise", ["signal", "noise", "sum: x_t"])
-    for what, (caption, above) in captions.items():
-        cells = torch.cat([x for pictures, _ in found.values() for x in pictures[what]])
-        grids.append(make_grid(cells, caption, len(above), names, above))
-    lines = {key: {name: left[key] for name, (_, left) in found.items()} for key in left}
+    clouds = [
+        Panel(f"{name}, t = {t}", "", "" if t else what, {what: x.flatten(1).T.tolist()}, kind="cloud")
+        for what, (name, (_, points, _)) in product(CLOUDS, found.items())
+        for t, x in zip((0, *shown), points[what], strict=True)
+    ]
+    heads = ["x_0", *(f"t = {t}" for t in shown), "signal", "noise", "x_t"]
+    caption = (
+        f"From which column on is it noise? Last three: x_t at t = {t_parts} is the sum of signal and noise"
+    )
+    cells = torch.cat([x for pictures, _, _ in found.values() for x in pictures])
+    grid = make_grid(cells, caption, len(heads), [*found], heads)
+    lines = {key: {name: left[key] for name, (_, _, left) in found.items()} for key in left}
     chart = [Panel("points: nearest neighbours kept", "t", "share of 10", lines["points"])]
     chart += [Panel("image: correlation with x_0", "t", "correlation", lines["image"])]
     chart += [Panel("variance of x_t, x_0 standardised", "t", "variance", lines["variance"], y_range=(0, 2))]
     chart += [Panel("variance where the mean is not scaled", "t", "variance", lines["unscaled"])]
     notes = ["half-life: t where a measure is down to one half. Points: the share of 10 nearest points kept,"]
     notes += [f"mean of {' and '.join(CLOUDS)}; image: correlation with x_0, standardised. rank: by both"]
-    apart = [
-        row for row in rows if abs(row["rank by points"] - row["rank by image"]) > min(2, len(rows) // 3)
-    ]
+    apart = [r for r in rows if abs(r["rank by points"] - r["rank by image"]) > min(2, len(rows) // 3)]
     differ = "; ".join("{schedule} {rank by points} and {rank by image}".format_map(row) for row in apart)
     trust = "trust points for fine detail, which little noise hides, and the image for its layout"
     notes += [f"ranks by points and by image differ: {differ}: {trust}"] if apart else []
-    return Result([*table.figure, *grids, Chart(chart, 2)], rows, notes=[*notes, *table.notes])
+    figure = [*table.figure, Chart(clouds, 1 + len(shown), 1.0), grid, Chart(chart, 2)]
+    return Result(figure, rows, notes=[*notes, *table.notes])
 
 
 # 4. Weights ------------------------------------------------------------------------------------------------
@@ -1097,10 +1103,8 @@ REPORT = [  # in the order of the assignment and of CS180: an item, and a study 
     ("CS180 A 1.7", "edit.py inpaint --image {image} --box 0,0,{half},{image_size} # What fills a hole?"),
     ("CS180 A 1.8", "edit.py anagram --labels 6,9 # Can one picture be read in two ways?"),
     ("CS180 A 1.9", "edit.py hybrid --labels 6,4 # Can it be one thing from afar, another from near?"),
-    *(
-        ("Scores", "score"),
-        ("Scores", "edit.py sds --labels 3,8 # What does score distillation make of noise?"),
-    ),
+    ("Scores", "score"),
+    ("Scores", "edit.py sds --labels 3,8 # What does score distillation make of noise?"),
 ]
 
 

@@ -92,6 +92,7 @@ class Diffusion:
 
     def loss(self, net, x_0: Tensor, y: Tensor | None = None, generator=None) -> Tensor:
         """Weighted squared error of the network on x_0 (B, C, H, W); -> scalar (DDPM, Algorithm 1)."""
+        # Start: training step (DDPM, Algorithm 1, lines 3 to 5)
         t = self.sample_timesteps(x_0, generator)  # line 3: t ~ Uniform({1, ..., T}), one for each image
         x_t, eps = self.noise_images(x_0, t, generator)  # line 4: eps ~ N(0, I); x_t, as in line 5
         out = net(x_t, t, y).to(x_0.dtype)  # line 5: eps_theta(x_t, t), or x_0, v, or both
@@ -99,6 +100,7 @@ class Diffusion:
         error = (out - self.target(x_0, eps, t)).square().mean((1, 2, 3))  # (B,), line 5: ||...||^2
         weight = self.weight.to(x_0.dtype).to(x_0.device)[t]  # (B,); 1 for eps is L_simple, eq. 14
         return (weight * error).mean()
+        # End
 
     def sample_timesteps(self, x_0: Tensor, generator=None) -> Tensor:
         """t ~ Uniform({1, ..., T}) for each image; -> (B,) int64."""
@@ -184,8 +186,8 @@ def ddpm(diffusion, eps_theta, x, timesteps, generator=None, variance="posterior
     stride, and the posterior is the better choice.
     """
     # Start: DDPM sampling (Algorithm 2; line 1, x_T ~ N(0, I), is in numbered_noise)
-    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for t = T, ..., 1
-        alpha, beta = ab_t / ab_s, 1 - ab_t / ab_s
+    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # line 2: for t = T, ..., 1; s is the next t
+        alpha, beta = ab_t / ab_s, 1 - ab_t / ab_s  # of the stride t -> s; ab is alpha_bar
         posterior = beta * (1 - ab_s) / (1 - ab_t)  # eq. 7
         sigma = (beta if variance == "beta" else posterior) ** 0.5  # section 3.2
         x = (x - beta / (1 - ab_t) ** 0.5 * eps_theta(x, t)) / alpha**0.5  # line 4: the mean, eq. 11
@@ -208,9 +210,9 @@ def ddim(diffusion, eps_theta, x, timesteps, generator=None, eta=0.0):
     eta = 0 is deterministic, Euler's method on the probability flow; eta = 1 is DDPM, variance "posterior".
     """
     # Start: DDIM sampling
-    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
+    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # t -> s, the next t; ab is alpha_bar
         sigma = eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5  # eq. 16
-        x = ddim_stride(x, eps_theta(x, t), ab_t, ab_s, sigma)  # eq. 12, its first two terms
+        x = ddim_stride(x, eps_theta(x, t), ab_t, ab_s, sigma)  # eq. 12: x_0, and the direction to x_t
         if sigma > 0:
             x = x + sigma * randn_like(x, generator)  # eq. 12, "random noise"
     return x
@@ -230,14 +232,14 @@ def pndm(diffusion, eps_theta, x, timesteps, generator=None, runge_kutta=False):
     """
     # Start: PNDM sampling
     history = []  # the last eps, newest first
-    for i, (t, _, ab_t, ab_s) in enumerate(diffusion.strides(x, timesteps)):
-        history = [eps_theta(x, t), *history[:3]]
+    for i, (t, _, ab_t, ab_s) in enumerate(diffusion.strides(x, timesteps)):  # t -> s, the next t
+        history = [eps_theta(x, t), *history[:3]]  # the gradient part
         if runge_kutta and i < 3:
             eps = runge_kutta_eps(diffusion, eps_theta, x, history[0], timesteps[i], timesteps[i + 1])
         else:
-            weights = ADAMS_BASHFORTH[len(history)]
+            weights = ADAMS_BASHFORTH[len(history)]  # of four: 55, -59, 37, -9, over 24
             eps = sum(w * e for w, e in zip(weights, history, strict=True)) / sum(weights)
-        x = ddim_stride(x, eps, ab_t, ab_s)
+        x = ddim_stride(x, eps, ab_t, ab_s)  # the transfer part: along eps to s
     return x
     # End
 
@@ -268,8 +270,8 @@ def dpm_solver(diffusion, eps_theta, x, timesteps, generator=None):
     """
     # Start: DPM-Solver++(2M) sampling
     x_0_before, h_before = None, 0.0
-    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):
-        x_0 = diffusion.x_0_from_eps(x, eps_theta(x, t), t)
+    for t, _, ab_t, ab_s in diffusion.strides(x, timesteps):  # t -> s, the next t; ab is alpha_bar
+        x_0 = diffusion.x_0_from_eps(x, eps_theta(x, t), t)  # what the network predicts
         # the stride in lambda, lambda_s - lambda_t; infinite where s = 0
         h = 0.5 * math.log(ab_s / (1 - ab_s) * (1 - ab_t) / ab_t) if ab_s < 1 else math.inf
         D = x_0  # the first stride, and one that ends in 0, are of first order

@@ -95,8 +95,8 @@ def classifier_guidance(diffusion, eps_theta, classifier, y: Tensor, scale: floa
             x = x_t.detach().requires_grad_()
             log_p = F.log_softmax(classifier(x, t), dim=1).gather(1, y[:, None])  # (B, 1), log p(y | x_t)
             gradient = torch.autograd.grad(log_p.sum(), x)[0]  # no term depends on another image
-        _, noise = diffusion.scales(t, x_t)
-        return eps_theta(x_t, t) - noise * scale * gradient  # eps_hat
+        _, noise = diffusion.scales(t, x_t)  # sqrt(1 - alpha_bar_t)
+        return eps_theta(x_t, t) - noise * scale * gradient  # eps_hat: the score moves by scale * gradient
         # End
 
     return guided

@@ -124,9 +124,9 @@ def ddim_inversion(diffusion, eps_theta, x, timesteps, iterations: int = 5) -> T
     x_t = stride(x_s, eps_theta(x_t, t)), a stride from s to t, which a few iterations find. They start from
     the eps of the stride below, where Song et al. 2021, section 4.3, stop, and at s = 0 from eps = 0.
     """
-    eps = torch.zeros_like(x)
     # Start: DDIM inversion
-    for s, t in pairwise(reversed(timesteps)):
+    eps = torch.zeros_like(x)
+    for s, t in pairwise(reversed(timesteps)):  # from s up to t
         ab_s, ab_t = diffusion.alpha_bar[s].item(), diffusion.alpha_bar[t].item()
         at_t, x_s = torch.full((len(x),), t, device=x.device), x
         x = ddpm.ddim_stride(x_s, eps, ab_s, ab_t)  # eq. 12 with s and t exchanged

@@ -20,7 +20,8 @@ from .files import new_path, quoted, read_csv, replacing, write_csv
 from .images import to_pictures
 from .pictures import join, save_picture
 
-Chart = namedtuple("Chart", "panels columns", defaults=[3])  # side by side; those without curves are left out
+# Panels side by side, each at least so many inches wide; those without curves are left out.
+Chart = namedtuple("Chart", "panels columns least", defaults=[3, 3.5])
 Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
 
 
@@ -31,7 +32,7 @@ class Panel:  # axes of a chart
     y_label: str
     curves: Curves
     log: str = ""  # which axes are logarithmic: "", "x", "y" or "xy"
-    kind: str = "line"  # or "points", "arrows"
+    kind: str = "line"  # or "points", "arrows", "cloud": standardised points without numbers
     bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # of x, shaded; x then falls
     x_from: float = -math.inf  # points at a smaller x are in the CSV alone
     y_range: tuple[float, float] | None = None
@@ -68,8 +69,9 @@ def new_figure(width: float, height: float, **options):
 def layout(chart: Chart, width: float) -> tuple[int, int, float]:
     """Rows and columns of the panels that have curves, and their height, for a width; both in inches."""
     n = max(1, sum(bool(panel.curves) for panel in chart.panels))  # a chart may have no curves, and is empty
-    columns = min(n, chart.columns, int(width // 3.5))
-    return math.ceil(n / columns), columns, 3.2 * math.ceil(n / columns)
+    columns = min(n, chart.columns, int(width // chart.least))
+    rows, tall = math.ceil(n / columns), min(3.2, 1.15 * width / columns)
+    return rows, columns, tall * rows
 
 
 def draw_panels(chart: Chart, width: float, place) -> None:
@@ -95,15 +97,17 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
         columns = tuple(zip(*drawn, strict=True)) or columns
         if panel.kind == "arrows":
             ax.quiver(*columns, angles="xy", width=0.004, color="gray")
-        elif panel.kind == "points":
+        elif panel.kind in ("points", "cloud"):
             ax.plot(*columns, ".", markersize=1.5, label=name)
         else:
             ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", label=name, **style)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10)
+    ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10 if width > 2 else 5 + 2 * width)
     ax.set_ylim(panel.y_range)
     ax.grid(alpha=0.3)
+    if panel.kind == "cloud":
+        ax.set(aspect="equal", xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
     low, high = sorted(ax.get_xlim())
     for (name, (start, end)), shade in zip(panel.bands.items(), ("0.78", "0.88", "0.97"), strict=False):
         left, right = max(low, start), min(high, end)
@@ -186,8 +190,8 @@ def words(lines: Sequence[str], size: float, **font) -> Part:
 def shown(part: Image.Image | Chart) -> list[Part]:
     """The rows of a chart, as vectors, or a grid; a grid that is higher than a page is made to fit."""
     if isinstance(part, Chart):
-        panels = [panel for panel in part.panels if panel.curves]
-        rows = [Chart(panels[i : i + 2]) for i in range(0, len(panels), 2)]
+        panels, (_, columns, _) = [panel for panel in part.panels if panel.curves], layout(part, WIDE)
+        rows = [part._replace(panels=panels[i : i + columns]) for i in range(0, len(panels), columns)]
         return [(layout(row, WIDE)[2], partial(draw_panels, row, WIDE)) for row in rows]
     wide = min(WIDE, part.width / 110, (TALL - 1.5) * part.width / part.height)
     axes = {"rect": (0, 0, wide / WIDE, 1), "frame_on": False, "xticks": [], "yticks": [], "anchor": "NW"}

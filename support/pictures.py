@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -70,13 +68,6 @@ def join(pictures: Sequence[Image.Image], across: bool = False, gap: int = 8) ->
         sheet.paste(picture, (place, 0) if across else (0, place))
         place += size + gap
     return sheet
-
-
-def cloud_picture(points: Tensor, size: int = 72, reach: float = 3.5) -> Tensor:
-    """Points (N, 2, 1, 1) as black dots on white, the plane from -reach to reach; -> (1, 1, size, size)."""
-    x, y = points.flatten(1).T.numpy()
-    counts, _, _ = np.histogram2d(-y, x, bins=size, range=[(-reach, reach)] * 2)  # rows from the top down
-    return 1 - 2 * torch.from_numpy(counts).clamp(max=1).float()[None, None]
 
 
 def save_picture(picture: Image.Image, path: Path, show: bool = True, **options) -> Path:
