@@ -102,6 +102,12 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
         else:
             ax.plot(*columns, marker="." if len(columns[0]) <= 25 else "", label=name, **style)
     ax.set(**{f"{axis}scale": "log" for axis in panel.log})
+    for axis in (getattr(ax, f"{axis}axis") for axis in panel.log):
+        low, high = axis.get_view_interval()
+        axis.set_minor_formatter("{x:g}" if high < 4 * low else "")
+        if high < 100 * low:  # there are too few powers of ten
+            axis.get_major_locator().set_params(subs=(1, 2, 5))
+            axis.set_major_formatter("{x:g}")
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10 if width > 2 else 5 + 2 * width)
     ax.set_ylim(panel.y_range)
