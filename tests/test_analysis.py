@@ -1005,6 +1005,46 @@ def test_a_page_has_heading_question_figure_numbers_and_room_for_a_text():
     assert sum(bool(ax.images) for ax in axes) == 1
 
 
+def test_clouds_are_squares_in_rows_of_their_own_number():
+    x, y = analysis.swiss_roll(200, generator(0)).flatten(1).T.tolist()
+    names = [f"{schedule}, t = {t}" for schedule in ("linear", "scaled_linear") for t in range(994, 1001)]
+    clouds = [charts.Panel(name, "", "", {"roll": (x, y)}, kind="cloud") for name in names]
+    chart = charts.Chart(clouds, 7, 1.0)
+    figure = charts.new_figure(11, charts.layout(chart, 11)[2], layout="constrained")
+    charts.draw_panels(chart, 11, figure)
+    figure.draw_without_rendering()
+    boxes = [ax.get_window_extent() for ax in figure.axes]
+    for row in (boxes[:7], boxes[7:]):
+        assert len({round(box.y0) for box in row}) == 1 and len({round(box.x0) for box in row}) == 7
+    for ax, box in zip(figure.axes, boxes, strict=True):
+        assert box.width == pytest.approx(box.height, abs=1) and box.width > 96
+        assert ax.lines[0].get_xdata() == pytest.approx(x) and ax.get_xlim() == ax.get_ylim() == (-3, 3)
+        titles = [other.title.get_window_extent() for other in figure.axes if other is not ax]
+        assert not any(ax.title.get_window_extent().overlaps(title) for title in titles)
+    first, second = charts.shown(chart)  # on a page, whose rows may be on two pages
+    for part in (first, second):
+        (place,) = charts.draw_page([part]).subfigs
+        assert len(place.axes) == 7
+
+
+@pytest.mark.parametrize("low,high", [(3, 4), (5, 50), (0.4, 3), (20, 8000), (1e-4, 0.3), (1e-8, 1e5)])
+def test_labels_of_a_logarithmic_axis_are_two_or_more_and_apart(low, high):
+    chart = charts.Chart([charts.Panel("title", "x", "y", {"a": ([low, high], [low, high])}, "xy")] * 3)
+    figure = charts.new_figure(11, charts.layout(chart, 11)[2], layout="constrained")
+    charts.draw_panels(chart, 11, figure)
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = axis.get_view_interval()
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            labels = [
+                tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()
+            ]
+            boxes = [label.get_window_extent() for label in labels]
+            assert len(boxes) >= 2
+            assert not any(box.overlaps(other) for i, box in enumerate(boxes) for other in boxes[:i])
+
+
 def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch):
     few, asked, pages = dict(analysis.STUDIES), [], []
     for name in ("losses", "noise"):
