@@ -37,7 +37,7 @@ from modules import EMA, timestep_embedding
 from support import charts, measures, runs
 from support.charts import Chart, Panel, Result, curves, publish, write_report
 from support.errors import UserError, note, run_main
-from support.files import quoted, read_csv, read_pickle
+from support.files import new_path, quoted, read_csv, read_pickle
 from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_pictures, to_x_0
 from support.loader import Loader
@@ -1120,7 +1120,9 @@ def report(settings: Settings, *models: Model) -> None:
     folder, last = Path(settings.out) if settings.out else models[0].folder, models[-1]
     of_run = {key: last.config.get(key) for key in ("noise_steps", "dataset", "image_size", "data_root")}
     known = {key: value for key, value in (of_run | vars(settings)).items() if value is not None}
-    image = settings.image[0] if settings.image else folder / "report_image.png"
+    x, _ = chosen_images(settings, last.config)  # its first image is given to the edits
+    keep = partial(save_picture, to_pictures(x)[0], show=False)
+    image = settings.image[0] if settings.image else keep(new_path(folder / "report_image.png", ".png"))
     values = last.config | {"image": image, "half": last.config["image_size"] // 2}
     values["script"] = f"{last.config['kind'].replace('published', 'ddpm')}.py"
     machine, each = ("--device", settings.device, "--seed", settings.seed), [[model] for model in models]
@@ -1140,9 +1142,6 @@ def report(settings: Settings, *models: Model) -> None:
                     publish(what, replace(result, folder=folder), settings.out)
                     figure, rows, text = result.figure, result.rows, " ".join([*more, *result.notes])
                 else:
-                    if not settings.image:
-                        x, _ = chosen_images(settings, last.config)
-                        save_picture(to_pictures(x)[0], image, show=False)
                     figure = runs.figure_of(*words, *machine, "--checkpoint", last.path)
             except UserError as error:
                 note(f"{title} is left out: {error}")

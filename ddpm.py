@@ -27,6 +27,7 @@ import utils
 from modules import EMA, Latents, NetworkSettings, Pixels, make_network
 from support import launch, runs
 from support.errors import UserError, note, run_main
+from support.files import replacing
 from support.generators import draw, randn_like, seeded_generator
 from support.images import to_x_0
 from support.latents import LatentSettings, Reconstructions, encoded, load_autoencoder, settle_latent
@@ -454,7 +455,8 @@ def single_step(command: Command, data: utils.Data, device: torch.device) -> Tas
         heads, rows = [f"{s}: {dB}" for s, _, dB in levels], ["noisy", "denoised"] * shown
         x, caption = torch.stack(found, 1).flatten(0, 1), f"{trained}; sigma: PSNR in dB"
         save_picture(make_grid(x, caption, len(SIGMAS), rows, heads), path)
-        torch.save(torch.stack(found), path.parents[1] / f"{path.stem}.pt")  # (sigmas, 2 shown, C, H, W)
+        with replacing(path.parents[1] / f"{path.stem}.pt") as file:
+            torch.save(torch.stack(found), file)  # (sigmas, 2 shown, C, H, W)
 
     net, loss, use = make_network(config), partial(denoiser_loss, config["sigma"]), ("denoise",)
     return Task("denoiser", net, loss, preview, EMA, data.images[trained_on], use=use, used_by="analysis.py")

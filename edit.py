@@ -105,7 +105,7 @@ def anagram(eps_1, eps_2, view: View):
     return lambda x_t, t: (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
 
 
-def hybrid(eps_1, eps_2, G=low_pass):
+def hybrid(eps_1, eps_2, G):
     """`G eps_1 + eps_2 - G eps_2`, G a low-pass filter, as a blur (Factorized Diffusion, section 3)."""
 
     def eps_theta_hybrid(x_t: Tensor, t: Tensor) -> Tensor:

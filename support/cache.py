@@ -45,7 +45,7 @@ def decode(images: Pictures, size: int, channels: int, workers: int) -> Iterator
     """The images that can be read, in chunks: (M, C, size, size) uint8, and their M positions."""
     read = partial(try_to_read, size=size, channels=channels)
     most = min(len(images), max(1, CHUNK // (channels * size**2)))  # images in a chunk
-    # Threads: Pillow decodes and resizes outside Python's lock. Ctrl-C ends `map`, which cancels the rest.
+    # Threads: Pillow decodes and resizes outside Python's lock. Ctrl-C while `map` waits cancels the rest.
     with ThreadPoolExecutor(workers) as pool, progress("decoding", len(images)) as bar:
         for start in range(0, len(images), most):
             chunk, kept = np.empty((most, channels, size, size), np.uint8), []

@@ -142,9 +142,8 @@ def aligned(rows: Sequence[dict]) -> list[str]:
     columns = []
     for head, *cells in zip(*table(rows, digits=3), strict=True):
         number = all(re.fullmatch(r"-?[0-9.]*(e[+-]?[0-9]+)?|inf|nan", cell) for cell in cells)
-        columns.append(
-            [f"{cell:{'>' if number else '<'}{max(map(len, (head, *cells)))}}" for cell in (head, *cells)]
-        )
+        width = max(map(len, (head, *cells)))
+        columns.append([f"{cell:{'>' if number else '<'}{width}}" for cell in (head, *cells)])
     return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
 
 
@@ -152,7 +151,7 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     """Write a study's files under free names, print its table; -> its figure, why charts are not in it."""
     folder, missing, points = Path(out or result.folder), None, []
     folder.mkdir(parents=True, exist_ok=True)
-    ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv"}
+    ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv", "images": ""}
     stems = chain([study], (f"{study}_{n}" for n in count(2)))
     named = ({kind: folder / f"{stem}{end}" for kind, end in ends.items()} for stem in stems)
     for files in (files for files in named if not any(file.exists() for file in files.values())):
@@ -175,7 +174,6 @@ def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | 
     if figure := join(pictures) if pictures else None:
         save_picture(figure, files["figure"])
     for name, x in result.images.items() if out else ():
-        files["images"] = files["table"].with_suffix("")
         for i, picture in enumerate(to_pictures(x), start=1):
             save_picture(picture, files["images"] / f"{name}, image {i}.png", show=False)
     print("\n".join([*aligned(result.rows), *result.notes]))
@@ -239,7 +237,7 @@ def training_log(model) -> list[dict]:
 
 def settings_page(models: Sequence) -> list:
     """The settings of each run as a table, and its first, middle and last preview as a figure."""
-    keys = dict.fromkeys(k for m in models for k, v in m.config.items() if type(v) in (str, int, float, list))
+    keys = dict.fromkeys(k for m in models for k, value in m.config.items() if value is not None)
     rows = [{"setting": k} | {m.path: str(m.config.get(k))[:40] for m in models} for k in keys]
     made = [sorted((model.folder / "samples").glob("epoch_*.png")) for model in models]
     shown = [[files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] for files in made if files]

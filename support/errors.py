@@ -100,7 +100,7 @@ def run_main(main: Callable[[], None]) -> None:
     name, out, nowhere = Path(sys.argv[0]).name, Lasting(sys.stdout), Lasting(None)
     err = Lasting(sys.stderr) if sys.stderr else out
     silent = int(os.environ.get("LOCAL_RANK", 0)) > 0  # then another process of this machine prints
-    shown = nowhere if silent else err
+    shown, status = nowhere if silent else err, 0
 
     def fail(message: str, file: Lasting = err) -> int:
         print(f"{name}: error: {message}", file=file)
@@ -112,21 +112,26 @@ def run_main(main: Callable[[], None]) -> None:
     except LostProcess as error:
         os._exit(fail(str(error)))  # at once: to leave the process group in good order could take for ever
     except UserError as error:
-        sys.exit(fail(str(error), shown))
+        status = fail(str(error), shown)
+    except SystemExit as error:  # of argparse, or of a run that was stopped
+        status = error.code
     except (RuntimeError, MemoryError, OSError) as error:
         if is_lost(error):
             os._exit(fail("another process has ended, and so does this one", shown))
-        if isinstance(error, OSError) and not is_out_of_memory(error):
+        if is_out_of_memory(error):
+            resumed = any(word.split("=")[0] == "--resume" for word in sys.argv)
+            take = "add" if resumed else "lower --batch-size; a training run also takes"
+            status = fail(f"out of memory: {take} --accumulate PARTS and --checkpointing")
+        elif isinstance(error, OSError):
             where = f": {error.filename}" if error.filename else ""
-            sys.exit(fail(f"{error.strerror or error}{where} (is there room, and may you write there?)"))
-        if not is_out_of_memory(error):
+            status = fail(f"{error.strerror or error}{where} (is there room, and may you write there?)")
+        else:
             raise
-        resumed = any(word.split("=")[0] == "--resume" for word in sys.argv)
-        take = "add" if resumed else "lower --batch-size; a training run also takes"
-        sys.exit(fail(f"out of memory: {take} --accumulate PARTS and --checkpointing"))
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=shown)
-        sys.exit(130)
+        status = 130
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+    if status:
+        sys.exit(status)  # here, and not above: a notebook would also show what an exception followed

@@ -42,11 +42,10 @@ class Loader:
         slices = ([part[i].pin_memory() if pin else part[i] for part in parts] for i in shares)
         for images, mirror, *y in slices if self.resident else ahead(slices):
             images, mirror = (part.to(self.device, non_blocking=True) for part in (images, mirror))
-            if images.ndim == 5:  # latents (B, 1 or 2, c, h, w), of images and their mirror images
-                x_0, other = (images[:, which].float() * self.scale for which in (0, -1))
-            else:
-                x_0, other = to_x_0(images), to_x_0(images.flip(-1))
-            x_0 = torch.where(mirror[:, None, None, None], other, x_0) if self.flip else x_0
+            latents = images.ndim == 5  # (B, 1 or 2, c, h, w), of images and their mirror images
+            other, images = (images[:, -1], images[:, 0]) if latents else (images.flip(-1), images)
+            images = torch.where(mirror[:, None, None, None], other, images) if self.flip else images
+            x_0 = images.float() * self.scale if latents else to_x_0(images)
             yield x_0, y[0].to(self.device, non_blocking=True) if y else None
 
     def shuffled(self, generator: torch.Generator) -> Tensor:

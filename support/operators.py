@@ -40,9 +40,8 @@ VIEWS |= {"rotate90": lambda *_: turned(90), "rotate180": lambda *_: turned(180)
 VIEWS |= {"negative": lambda *_: View(torch.neg, torch.neg), "jigsaw": jigsaw}  # (image size, pieces, seed)
 
 
-def low_pass(x: Tensor, sigma: float | None = None) -> Tensor:
-    """G x: x blurred by a Gaussian of `sigma` pixels, by default 2 at 64x64, scaled with the size."""
-    sigma = sigma or 2 * x.shape[-1] / 64
+def low_pass(x: Tensor, sigma: float) -> Tensor:
+    """G x: x blurred by a Gaussian of `sigma` pixels."""
     reach = min(max(1, round(8 * sigma)), x.shape[-1] - 1)  # no farther than mirroring at the edges allows
     return gaussian_blur(x, 2 * reach + 1, sigma)
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,8 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     read = read_pickle(path, "use a ckpt.pt that this project wrote")
     checkpoint = read if isinstance(read, dict) else {}
     if "kind" not in checkpoint:
-        keys = " ".join(map(str, checkpoint.get("state_dict", checkpoint)))
+        inner = checkpoint.get("state_dict")
+        keys = " ".join(map(str, inner if isinstance(inner, dict) else checkpoint))
         for what in (what for key, what in FOREIGN.items() if key in keys):
             raise UserError(f"{path} holds weights of {what}, which are out of scope (the README says more)")
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")
@@ -120,7 +122,8 @@ def figure_of(script: str, *flags: object) -> list[PIL.Image.Image]:
     made = re.findall("^(?:figure|grid) +(.+)$", done.stdout, re.MULTILINE)
     if done.returncode or not made:
         raise UserError((done.stderr.strip().splitlines() or ["no figure was made"])[-1])
-    return [PIL.Image.open(made[0].strip("'\""), formats=["PNG"]).convert("RGB")]
+    file = shlex.split(made[0])[0] if "'" in made[0] else made[0].strip('"')  # as `quoted` writes it
+    return [PIL.Image.open(file, formats=["PNG"]).convert("RGB")]
 
 
 def check_resumable(path: str, checkpoint: dict, keep: dict, epochs: int, per_epoch: int) -> None:

@@ -119,6 +119,8 @@ def run(words: tuple[str, ...]) -> bool:
     try:
         run_main(SCRIPTS[words[0]].main)
     except SystemExit as end:
+        if end.code == 130:  # Ctrl-C
+            raise
         return not end.code
     except Exception:
         traceback.print_exc()

@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -1066,15 +1067,45 @@ def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch
     assert re.search(r"^weighting +None +p2$", settings, re.MULTILINE)
 
 
+def test_a_second_report_leaves_the_files_of_the_first(analyse, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "REPORT", [("1", "edit.py sdedit --image {image} # why?")])
+    monkeypatch.setattr("support.runs.figure_of", lambda *_: [Image.new("RGB", (400, 900))])
+    for seed, files in ((0, {"report.pdf", "report_image.png"}), (1, {"report_2.pdf", "report_image_2.png"})):
+        before = {path: path.read_bytes() for path in tmp_path.glob("o/*")}
+        assert analyse("report", runs / "ddpm_digits", "--seed", seed, "--out", "o").code == 0
+        assert all(path.read_bytes() == content for path, content in before.items())
+        assert {path.name for path in {*tmp_path.glob("o/*")} - before.keys()} == files
+
+
+def test_single_images_go_into_a_folder_of_their_own(tmp_path, drawn):
+    x = torch.zeros(1, 1, 4, 4)
+    (tmp_path / "o/noise").mkdir(parents=True)  # of a study whose other files were moved
+    charts.publish("noise", analysis.Result([], [{"a": 1}], images={"x": x}), str(tmp_path / "o"))
+    assert [path.name for path in tmp_path.glob("o/noise*/*")] == ["x, image 1.png"]
+    assert not [*(tmp_path / "o/noise").iterdir()] and (tmp_path / "o/noise_2/x, image 1.png").is_file()
+
+
+def test_a_report_shows_every_setting(tmp_path):
+    configs = [{"flip": flip, "lr": 0.1, "name": None, "multipliers": [1, 2]} for flip in (True, False)]
+    named = zip(("a", "b"), configs, strict=True)
+    pages = charts.settings_page([analysis.Model(k, None, None, c, None, tmp_path) for k, c in named])
+    (table,) = [line for page in pages for line in texts_of(charts.draw_page(page)) if "setting" in line[:9]]
+    rows = [line.split() for line in table.splitlines()]
+    assert ["flip", "True", "False"] in rows and {row[0] for row in rows[1:]} == {"flip", "lr", "multipliers"}
+
+
 def test_report_tells_on_its_page_why_a_study_is_left_out(analyse, runs, monkeypatch):
     monkeypatch.setattr(analysis, "REPORT", [("2.c", "guidance")])
     result = analyse("report", runs / "ddpm_digits", "--out", "o")
     assert result.code == 0 and "guidance is left out" in result.err and "--classifier RUN" in result.err
 
 
-def test_the_figure_of_another_script_or_what_it_says(runs, capsys):
+def test_the_figure_of_another_script_or_what_it_says(runs, tmp_path):
     flags = ["--sample", 3, "--sample-steps", 2, "--device", "cpu", "--checkpoint"]
     (figure,) = analysis.runs.figure_of("ddpm.py", *flags, runs / "ddpm_digits")
+    assert figure.width > 2 * 96
+    shutil.copytree(runs / "ddpm_digits", tmp_path / "o'brien's run")  # which is printed with quotes
+    (figure,) = analysis.runs.figure_of("ddpm.py", *flags, tmp_path / "o'brien's run")
     assert figure.width > 2 * 96
     with pytest.raises(UserError, match="no checkpoint nowhere"):
         analysis.runs.figure_of("ddpm.py", *flags, "nowhere")
@@ -1197,6 +1228,7 @@ def test_a_conditional_model_gets_the_label_of_each_image_and_the_figure_says_so
         assert result.code == 0 and "gets the label of each image" in result.out, result.err
         data = utils.get_data("digits", image_size=8, limit=200)
         labels = data.labels[torch.randperm(200, generator=generator(0))[:3]]
+        assert seen
         for y in seen:  # each image has its own label at every level, in every draw
             assert torch.equal(y, labels.repeat(len(y) // 3) if len(y) > 1 else labels[:1])
     result = analyse("losses", runs / "p2", "--images", 4, "--out", "o")

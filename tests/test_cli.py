@@ -346,6 +346,7 @@ def write_bad_checkpoints(trained):
     torch.save([1, 2], "list.pt")
     torch.save({"input_blocks.0.0.weight": torch.zeros(3)}, "adm.pt")
     torch.save({"state_dict": {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(3)}}, "sd.ckpt")
+    torch.save({"state_dict": None}, "none.pt")
     torch.save({**state, "config": {**state["config"], "width": 16}}, "other_width.pt")
     torch.save({**state, "config": {}}, "no_config.pt")
     torch.save({**state, "config": {**state["config"], "schedule": "mine"}}, "renamed.pt")
@@ -364,6 +365,7 @@ def write_bad_checkpoints(trained):
         ("classifier.pt", "of kind 'classifier'; a 'ddpm' one is needed"),
         ("foreign.pt", "no checkpoint of this project"),
         ("list.pt", "no checkpoint of this project"),
+        ("none.pt", "no checkpoint of this project"),
         ("adm.pt", "weights of guided-diffusion, which are out of scope"),
         ("sd.ckpt", "weights of LDM or Stable Diffusion, which are out of scope"),
         ("other_width.pt", "does not hold the network"),

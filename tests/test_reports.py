@@ -24,7 +24,7 @@ import ddpm
 import edit
 import utils
 from support import cache, files, images, launch, loader, trainer
-from support.errors import UserError, is_out_of_memory
+from support.errors import UserError, is_out_of_memory, run_main
 from support.files import new_path, quoted, read_csv, remove_leftovers, replacing
 from support.text import find_labels
 
@@ -273,6 +273,22 @@ def test_out_of_memory_is_one_line(cli, monkeypatch):
     monkeypatch.setattr(ddpm, "train", fail)
     line = error_line(cli(*TINY))
     assert "out of memory" in line and "lower --batch-size" in line and "--accumulate" in line
+
+
+@pytest.mark.parametrize("error", [UserError("a"), OSError(28, "b"), MemoryError(), KeyboardInterrupt()])
+def test_a_notebook_shows_no_exception_below_the_line(error, capsys):
+    """IPython prints the chain of a SystemExit with frames of its own where another exception led to it."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        run_main(main)
+    assert end.value.code in (2, 130) and end.value.__context__ is None
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(SystemExit) as end:
+        run_main(lambda: analysis.make_parser().parse_args(["schedules", "--noise-steps", "0"]))
+    assert end.value.code == 2 and end.value.__context__ is None
 
 
 def test_the_systems_own_words_count_and_others_do_not():
