@@ -399,7 +399,7 @@ def test_forward_writes_half_lives_and_a_variance_of_one(analyse, tmp_path):
 
 def test_the_variance_of_the_linear_schedule_would_reach_eleven():
     """T = 1000: beta has a mean of 0.01005, so 1 + sum beta = 11.05."""
-    _, left = analysis.what_is_left(Diffusion(1000, "linear"), images(1, 1, 8, 8), [500], 300, seed=0)
+    *_, left = analysis.what_is_left(Diffusion(1000, "linear"), images(1, 1, 8, 8), [500], 300, seed=0)
     t, unscaled = left["unscaled"]
     assert t[-1] == 1000 and unscaled[-1] == pytest.approx(11.05, rel=0.03)
     assert max(abs(v - 1) for v in left["variance"][1]) < 5 * (2 / 50000) ** 0.5
@@ -408,7 +408,7 @@ def test_the_variance_of_the_linear_schedule_would_reach_eleven():
 def test_half_the_structure_of_cosine_is_gone_where_its_alpha_bar_is_a_quarter():
     row = analysis.schedules(analysis.STUDIES["schedules"].settings(schedules=["cosine"])).rows[0]
     assert row["half the structure gone at t"] == 665  # cos^2((u + s) / (1 + s) pi / 2) = 1/4 at u = 0.664
-    _, left = analysis.what_is_left(Diffusion(1000, "cosine"), images(1, 1, 8, 8), [500], 300, seed=0)
+    *_, left = analysis.what_is_left(Diffusion(1000, "cosine"), images(1, 1, 8, 8), [500], 300, seed=0)
     assert analysis.half_life(*left["image"]) == pytest.approx(665, abs=6)
 
 
