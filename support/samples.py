@@ -101,7 +101,7 @@ def condition_grid(x: Sequence[torch.Tensor], names: Sequence[str], caption: str
         return make_grid(x[0], caption)
     names = names[: len(x[0])]
     each = math.ceil(len(x[0]) / len(names))  # images of a condition in a block
-    across, cells, rows = min(each, max(1, 16 // len(x))), [], []  # so many of them in a row
+    across, cells, rows = math.ceil(each / math.ceil(each / max(1, 16 // len(x)))), [], []  # even rows
     for (k, name), start in product(enumerate(names), range(0, each, across)):
         rows.append(name if start == 0 else "")
         for block in x:
