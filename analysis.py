@@ -44,7 +44,7 @@ from support.loader import Loader
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import BANDS, correlation, nearest_images, neighbours_kept, psnr, quality, standardised
 from support.operators import low_pass
-from support.pictures import make_grid, save_picture
+from support.pictures import join, make_grid, save_picture
 from support.settings import COUNT, PLAIN, Parser, add_settings, flag, listed, real, rows_of, setting, whole
 from support.settings import settings as settings_class
 from support.text import ConditionSettings, conditions
@@ -550,7 +550,7 @@ def forward(settings: Settings) -> Result:
     differ = "; ".join("{schedule} {rank by points} and {rank by image}".format_map(row) for row in apart)
     trust = "trust points for fine detail, which little noise hides, and the image for its layout"
     notes += [f"ranks by points and by image differ: {differ}: {trust}"] if apart else []
-    figure = [*table.figure, Chart(clouds, 1 + len(shown), 1.0), grid, Chart(chart, 2)]
+    figure = [*table.figure, Chart(clouds, 1 + len(shown)), grid, Chart(chart, 2)]
     return Result(figure, rows, notes=[*notes, *table.notes])
 
 
@@ -782,14 +782,15 @@ def samplers(settings: Settings, model: Model) -> Result:
     foreign = {schedule: x for (_, schedule, _), x in pictures.items() if schedule != trained}
     drawn, heads = list(dict.fromkeys(settings.samplers)), [f"{n} steps" for n in counts]
     caption = f"{model.path}: two starting noises. From how many steps on does nothing change any more?"
-    grids = [make_grid(torch.cat(own), caption, 2 * len(counts), drawn, heads)]
+    x = torch.stack(own).unflatten(0, (-1, len(counts))).transpose(1, 2).flatten(0, 2)  # a row for each noise
+    grids = [make_grid(x, caption, len(counts), [row for name in drawn for row in (name, "")], heads)]
     if foreign:
-        caption = f"trained on {trained}, sampled on another schedule, ddim {min(20, T)} steps: is any worse?"
-        grids.append(make_grid(torch.cat([*foreign.values()]), caption, 2 * len(foreign), heads=[*foreign]))
+        caption = f"{trained} in training, another in sampling, ddim {min(20, T)} steps: is any worse?"
+        grids.append(make_grid(torch.cat([*foreign.values()]), caption, 2, [*foreign]))
     for what in ("distance to DDIM's end point", "frechet", "ms per image"):
         seen = [row for row in rows if row.get("schedule") == trained and row.get(what) != 0]  # log 0
         panels.append(Panel(what, "evaluations", what, curves(seen, "sampler", "evaluations", what), "xy"))
-    return Result([*grids, Chart(panels)], rows, model.folder, notes)
+    return Result([join(grids, across=True), Chart(panels)], rows, model.folder, notes)
 
 
 # 7. Guidance -----------------------------------------------------------------------------------------------
@@ -1094,15 +1095,15 @@ def score(settings: Settings, model: Model | None = None) -> Result:
 # 11. The report, and the command line ----------------------------------------------------------------------
 REPORT = [  # in the order of the assignment and of CS180: an item, and a study or a command # its question
     *(("1", "schedules"), ("1", "forward"), ("1", "losses")),
-    ("1", "{script} --sample 20 --sampler ddpm --sample-steps {noise_steps} # How does Algorithm 2 sample?"),
+    ("1", "{kind}.py --sample 20 --sampler ddpm --sample-steps {noise_steps} # How does Algorithm 2 sample?"),
     ("1", "samplers"),
     ("2.a, 2.b", "ddpm_conditional.py --sample 30 --guidance-scale 0,1,3 # What do labels and guidance do?"),
     *(("2.c", "guidance"), ("2.d", "evaluate"), ("P2", "noise"), ("P2", "weights")),
     ("CS180 A 1.1 to 1.4, B 1", "denoise"),
     ("CS180 A 1.7", "edit.py sdedit --image {image} # What stays of an image, noised and denoised?"),
     ("CS180 A 1.7", "edit.py inpaint --image {image} --box 0,0,{half},{image_size} # What fills a hole?"),
-    ("CS180 A 1.8", "edit.py anagram --labels 6,9 # Can one picture be read in two ways?"),
-    ("CS180 A 1.9", "edit.py hybrid --labels 6,4 # Can it be one thing from afar, another from near?"),
+    ("CS180 A 1.8", "edit.py anagram --labels 6,9 --draws 5 # Can one picture be read in two ways?"),
+    ("CS180 A 1.9", "edit.py hybrid --labels 6,4 --draws 5 # Is it one thing from afar, another from near?"),
     ("Scores", "score"),
     ("Scores", "edit.py sds --labels 3,8 # What does score distillation make of noise?"),
 ]
@@ -1110,10 +1111,7 @@ REPORT = [  # in the order of the assignment and of CS180: an item, and a study 
 
 @study("image classifier", 1, 2)
 def report(settings: Settings, *models: Model) -> None:
-    """Every study of a run, or of two, and edits by the last, as pages of a PDF in the assignment's order.
-
-    Each has a heading, a question, its figure, how to read it, its numbers and room for a text of yours.
-    """
+    """Every study of one or two runs, and edits by the last, as a PDF in the assignment's order."""
     load_evaluator(settings.classifier, models[0])  # errors here come before the work
     same_data(models)
     charts.new_figure(1, 1)
@@ -1123,16 +1121,16 @@ def report(settings: Settings, *models: Model) -> None:
     x, _ = chosen_images(settings, last.config)  # its first image is given to the edits
     keep = partial(save_picture, to_pictures(x)[0], show=False)
     image = settings.image[0] if settings.image else keep(new_path(folder / "report_image.png", ".png"))
-    values = last.config | {"image": image, "half": last.config["image_size"] // 2}
-    values["script"] = f"{last.config['kind'].replace('published', 'ddpm')}.py"
     machine, each = ("--device", settings.device, "--seed", settings.seed), [[model] for model in models]
-    pages = charts.settings_page(models)
+    sections = [charts.settings_section(models)]
     for item, what in REPORT:
         one = STUDIES.get(what)
         command, question, *more = (what, *one.about) if one else what.split(" # ")
-        for group in {0: [[]], math.inf: [models]}.get(one.most, each) if one else [[last]]:
-            figure, rows, text, words = [], [], "", [part.format(**values) for part in command.split()]
-            name = " ".join(words).split(" -")[0]
+        of = models[0] if "{kind}" in command else last
+        values = of.config | {"image": image, "half": of.config["image_size"] // 2}
+        words = [part.format(**values).replace("published.py", "ddpm.py") for part in command.split()]
+        for group in {0: [[]], math.inf: [models]}.get(one.most, each) if one else [[of]]:
+            figure, rows, texts, name = [], [], [], " ".join(words).split(" -")[0]
             title = ", ".join([f"{item}: {name}", *(m.path for m in group if len(models) > 1)])
             print(f"\n{title}")
             try:
@@ -1140,14 +1138,14 @@ def report(settings: Settings, *models: Model) -> None:
                     chosen = {key: value for key, value in known.items() if key in rows_of(one.settings)}
                     result = one.run(one.settings(**chosen), *group)
                     publish(what, replace(result, folder=folder), settings.out)
-                    figure, rows, text = result.figure, result.rows, " ".join([*more, *result.notes])
+                    figure, rows, texts = result.figure, result.rows, [" ".join(more), *result.notes]
                 else:
-                    figure = runs.figure_of(*words, *machine, "--checkpoint", last.path)
+                    figure = runs.figure_of(*words, *machine, "--checkpoint", of.path)
             except UserError as error:
                 note(f"{title} is left out: {error}")
-                text = f"Left out: {error}."
-            pages += charts.pages_of(title, question, text, figure, rows)
-    print(f"\nreport  {quoted(write_report(folder / 'report.pdf', pages))}")
+                texts = [f"Left out: {error}."]
+            sections.append(charts.section(title, question, texts, figure, rows))
+    print(f"\nreport  {quoted(write_report(folder / 'report.pdf', sections))}")
 
 
 def make_parser() -> Parser:

@@ -38,7 +38,7 @@ from support.generators import randn_like, seeded_generator
 from support.images import read_images, to_pictures
 from support.machine import MachineSettings, Watched, get_device, progress
 from support.measures import distance, diversity, psnr, saturation
-from support.operators import VIEWS, View, low_pass, sharp_low_pass, turned
+from support.operators import VIEWS, View, low_pass, turned
 from support.pictures import make_grid, save_picture
 from support.runs import model_name, prepare_folders, run_folder
 from support.settings import COUNT, POSITIVE, listed, real, setting, whole
@@ -103,6 +103,13 @@ def is_isometry(view: View, shape) -> bool:
 def anagram(eps_1, eps_2, view: View):
     """The mean of one denoiser's eps and of another's in a view of x_t (Geng et al. 2024, section 3)."""
     return lambda x_t, t: (eps_1(x_t, t) + view.undo(eps_2(view.see(x_t), t))) / 2
+
+
+def sharp_low_pass(x: Tensor, cycles: float) -> Tensor:
+    """x times 1 / (1 + (f / cycles)^8) at frequencies of f cycles a side (a Butterworth filter's gain^2)."""
+    vertical, horizontal = (torch.fft.fftfreq(n, 1 / n, device=x.device) for n in x.shape[-2:])
+    f = (vertical[:, None] ** 2 + horizontal**2).sqrt()  # (H, W)
+    return torch.fft.ifft2(torch.fft.fft2(x) / (1 + (f / cycles) ** 8)).real
 
 
 def hybrid(eps_1, eps_2, G):
@@ -424,7 +431,7 @@ def run_sdedit(model: Model):
     columns = model.batches("sdedit", items, edit, len(ways))
     results, x_0 = {head.replace("\n", ", "): columns[head][1::2] for head in ways}, columns["input"][::2]
     labels = [label for item in items for label in (f"{item.label} noised", f"{item.label} edited")]
-    notes = [f"{head}: {distance(x, x_0):.4f} rms from the input" for head, x in results.items()]
+    notes = [f"{head}: {distance(x, x_0):.3f} rms from the input" for head, x in results.items()]
     return columns, labels, torch.stack(list(results.values()), 1).flatten(0, 1), notes
 
 
@@ -506,7 +513,7 @@ def make_view(name: str, shape: tuple, pieces: int, seed: int) -> View:
 
 def run_anagram(model: Model):
     """One picture, read in two ways: as it is, and turned or otherwise rearranged."""
-    settings, seen = model.settings, f"seen by {model.settings.view}"
+    settings, seen = model.settings, model.settings.view
     view = make_view(settings.view, model.shape, settings.pieces, model.machine.seed)
     label, readings = " / ".join(model.names), lambda x: {"as it is": x, seen: view.see(x)}
     return draw_pair(model, label, partial(anagram, view=view), readings, "as it is", seen)
@@ -581,11 +588,11 @@ def run_sds(model: Model):
     for scale, kind in product(scales, (None, *settings.parameterisations)):
         name = f"sds, {kind}" if kind else model.sampling.sampler
         x = model.batches(name, items, partial(make, scale=scale, kind=kind))["x"]  # (N, S, C, H, W)
-        head = name if model.y is None else f"{name}, scale {scale:g}"
+        head = name if model.y is None else f"{name}\nscale {scale:g}"
         last, columns[head] = x[:, -1].clamp(-1, 1), x.flatten(0, 1)
         among = diversity(last, torch.tensor([item.condition for item in items]))
         more = "" if among is None else f", diversity {among:.3f}"
-        notes.append(f"{head}: saturation {saturation(last):.3f}{more}")
+        notes.append(f"{' '.join(head.split())}: saturation {saturation(last):.3f}{more}")
         results += [last] if kind else []
     rows = enumerate(product(items, snapshot_steps))
     shown = {i: f"{item.label} after {step}" for i, (item, step) in rows if item.draw == 0 or step == steps}
@@ -668,7 +675,7 @@ def main() -> None:
     made = f"{model.sampling}" if model.y is None else guided
     about = ", ".join([task, *own, model_name(model.config), made, f"seed {command['seed']}"])
     heads = [f"t = {head}" if isinstance(head, int) else head for head in columns]
-    x, caption = torch.stack(list(columns.values()), 1).flatten(0, 1), "; ".join([about, *notes])
+    x, caption = torch.stack(list(columns.values()), 1).flatten(0, 1), "\n".join([about, *notes])
     grid = make_grid(x, caption, len(heads), labels, heads)
     path = save_picture(grid, new_path(folder / f"{task}.png", ".png"))
     print("\n".join([*notes, f"figure   {quoted(path)}"]))

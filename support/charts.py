@@ -20,8 +20,7 @@ from .files import new_path, quoted, read_csv, replacing, write_csv
 from .images import to_pictures
 from .pictures import join, save_picture
 
-# Panels side by side, each at least so many inches wide; those without curves are left out.
-Chart = namedtuple("Chart", "panels columns least", defaults=[3, 3.5])
+Chart = namedtuple("Chart", "panels columns", defaults=[3])  # side by side; those without curves are left out
 Curves = dict[str, tuple[Sequence[float], ...]]  # by name: (x, y) of a line, or (x, y, u, v) of arrows
 
 
@@ -69,9 +68,8 @@ def new_figure(width: float, height: float, **options):
 def layout(chart: Chart, width: float) -> tuple[int, int, float]:
     """Rows and columns of the panels that have curves, and their height, for a width; both in inches."""
     n = max(1, sum(bool(panel.curves) for panel in chart.panels))  # a chart may have no curves, and is empty
-    columns = min(n, chart.columns, int(width // chart.least))
-    rows, tall = math.ceil(n / columns), min(3.2, 1.15 * width / columns)
-    return rows, columns, tall * rows
+    columns = min(n, chart.columns, int(width // 3.5) if chart.columns <= 3 else n)  # many are small clouds
+    return (rows := math.ceil(n / columns)), columns, rows * min(3.2, 1.15 * width / columns)
 
 
 def draw_panels(chart: Chart, width: float, place) -> None:
@@ -109,7 +107,7 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
             axis.get_major_locator().set_params(subs=(1, 2, 5))
             axis.set_major_formatter("{x:g}")
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=10 if width > 2 else 5 + 2 * width)
+    ax.set_title(panel.title + "\n" * bool(panel.bands), fontsize=min(10, 5.2 * width))
     ax.set_ylim(panel.y_range)
     ax.grid(alpha=0.3)
     if panel.kind == "cloud":
@@ -137,20 +135,24 @@ def table(rows: Sequence[dict], digits: int) -> list[list[str]]:
     return [header, *text]
 
 
-def aligned(rows: Sequence[dict]) -> list[str]:
-    """A table as lines of text, numbers on the right."""
+def aligned(rows: Sequence[dict], most: float = math.inf) -> list[str]:
+    """A table as lines of text, numbers on the right; in parts, each with its first column, if too wide."""
     columns = []
     for head, *cells in zip(*table(rows, digits=3), strict=True):
         number = all(re.fullmatch(r"-?[0-9.]*(e[+-]?[0-9]+)?|inf|nan", cell) for cell in cells)
         width = max(map(len, (head, *cells)))
         columns.append([f"{cell:{'>' if number else '<'}{width}}" for cell in (head, *cells)])
-    return ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+    parts = [columns[:1]]
+    for column in columns[1:]:
+        if sum(len(cells[0]) + 2 for cells in (*parts[-1], column)) > most:
+            parts.append(columns[:1])
+        parts[-1] = [*parts[-1], column]
+    return ["  ".join(row).rstrip() for part in parts for row in zip(*part, strict=True)]
 
 
 def publish(study: str, result: Result, out: str | None) -> tuple[Image.Image | None, UserError | None]:
     """Write a study's files under free names, print its table; -> its figure, why charts are not in it."""
     folder, missing, points = Path(out or result.folder), None, []
-    folder.mkdir(parents=True, exist_ok=True)
     ends = {"curves": "_curves.csv", "figure": ".png", "table": ".csv", "images": ""}
     stems = chain([study], (f"{study}_{n}" for n in count(2)))
     named = ({kind: folder / f"{stem}{end}" for kind, end in ends.items()} for stem in stems)
@@ -197,25 +199,31 @@ def shown(part: Image.Image | Chart) -> list[Part]:
         panels, (_, columns, _) = [panel for panel in part.panels if panel.curves], layout(part, WIDE)
         rows = [part._replace(panels=panels[i : i + columns]) for i in range(0, len(panels), columns)]
         return [(layout(row, WIDE)[2], partial(draw_panels, row, WIDE)) for row in rows]
-    wide = min(WIDE, part.width / 110, (TALL - 1.5) * part.width / part.height)
+    wide = min(WIDE, part.width / 110, (TALL - 3) * part.width / part.height)
     axes = {"rect": (0, 0, wide / WIDE, 1), "frame_on": False, "xticks": [], "yticks": [], "anchor": "NW"}
     draw = {"X": part, "interpolation": "none"}
     return [(wide * part.height / part.width + 0.1, lambda place: place.add_axes(**axes).imshow(**draw))]
 
 
-def pages_of(title: str, question: str, text: str, figure: Sequence, rows: Sequence[dict]) -> list:
-    """The pages of a study, lists of Parts: heading, question, figure, how to read it, numbers, your text."""
-    lines, wrap = aligned(rows), textwrap.wrap
+def section(title: str, question: str, texts: Sequence[str], figure: Sequence, rows: Sequence[dict]) -> list:
+    """The parts of a study: heading, question, figure, how to read it, numbers, room for your text."""
+    lines, wrap = aligned(rows, 150), textwrap.wrap
     size = min(8.0, WIDE * 72 / (0.61 * max(map(len, lines), default=1)))  # in points: as wide as fits
     parts = [words(wrap(title, 52), 18), words(wrap(question, 72), 13, style="italic")]
     parts += [row for part in figure for row in shown(part)]
-    parts += [words(wrap(text, 105), 9)] if text else []
+    parts += [words([line for text in texts for line in wrap(text, 105)], 9)]
     parts += [words(lines[i : i + 60], size, family="monospace") for i in range(0, len(lines), 60)]
+    return [*parts, (1.5, words(["Your text:"], 9, color="gray")[1])]
+
+
+def pages_of(sections: Sequence[list[Part]]) -> list[list[Part]]:
+    """Sections below each other on pages; a heading stays with its question and what follows them."""
     pages: list = [[]]
-    for part in (*parts, (0.5, words(["Your text:"], 9, color="gray")[1])):
-        if sum(tall for tall, _ in (*pages[-1], part)) > TALL:
-            pages.append([])
-        pages[-1].append(part)
+    for parts in sections:
+        for block in (parts[:3], *([part] for part in parts[3:])):
+            if pages[-1] and sum(tall for tall, _ in (*pages[-1], *block)) > TALL:
+                pages.append([])
+            pages[-1] += block
     return pages
 
 
@@ -235,7 +243,7 @@ def training_log(model) -> list[dict]:
     return [{"run": model.path, **dict(zip(header, line, strict=False))} for line in lines]
 
 
-def settings_page(models: Sequence) -> list:
+def settings_section(models: Sequence) -> list[Part]:
     """The settings of each run as a table, and its first, middle and last preview as a figure."""
     keys = dict.fromkeys(k for m in models for k, value in m.config.items() if value is not None)
     rows = [{"setting": k} | {m.path: str(m.config.get(k))[:40] for m in models} for k in keys]
@@ -243,17 +251,17 @@ def settings_page(models: Sequence) -> list:
     shown = [[files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] for files in made if files]
     opened = [[Image.open(file, formats=["PNG"]).convert("RGB") for file in files] for files in shown]
     previews = [join(grids, across=True) for grids in opened]
-    question = "What was trained, and how did its samples change?"
-    return pages_of("1: Algorithm 1", question, "", previews, rows)
+    after = [f"from left to right after {', '.join(file.stem for file in files)}" for files in shown]
+    return section("1: Algorithm 1", "What was trained, and how did samples change?", after, previews, rows)
 
 
-def write_report(path: Path, pages: Sequence) -> Path:
-    """Write pages, lists of parts, as a PDF, under that name or the next free one."""
+def write_report(path: Path, sections: Sequence[list[Part]]) -> Path:
+    """Write sections as a PDF, under that name or the next free one."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
     text = rc_context({"pdf.fonttype": 42})  # TrueType, whose letters can be selected and searched
     with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
-        for page in pages:
+        for page in pages_of(sections):
             pdf.savefig(draw_page(page))
     return path

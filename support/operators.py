@@ -44,10 +44,3 @@ def low_pass(x: Tensor, sigma: float) -> Tensor:
     """G x: x blurred by a Gaussian of `sigma` pixels."""
     reach = min(max(1, round(8 * sigma)), x.shape[-1] - 1)  # no farther than mirroring at the edges allows
     return gaussian_blur(x, 2 * reach + 1, sigma)
-
-
-def sharp_low_pass(x: Tensor, cycles: float) -> Tensor:
-    """x times 1 / (1 + (f / cycles)^8) at frequencies of f cycles a side (a Butterworth filter's gain^2)."""
-    vertical, horizontal = (torch.fft.fftfreq(n, 1 / n, device=x.device) for n in x.shape[-2:])
-    f = (vertical[:, None] ** 2 + horizontal**2).sqrt()  # (H, W)
-    return torch.fft.ifft2(torch.fft.fft2(x) / (1 + (f / cycles) ** 8)).real

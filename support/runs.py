@@ -47,8 +47,7 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
     read = read_pickle(path, "use a ckpt.pt that this project wrote")
     checkpoint = read if isinstance(read, dict) else {}
     if "kind" not in checkpoint:
-        inner = checkpoint.get("state_dict")
-        keys = " ".join(map(str, inner if isinstance(inner, dict) else checkpoint))
+        keys = " ".join(map(str, d if isinstance(d := checkpoint.get("state_dict"), dict) else checkpoint))
         for what in (what for key, what in FOREIGN.items() if key in keys):
             raise UserError(f"{path} holds weights of {what}, which are out of scope (the README says more)")
         raise UserError(f"{path} is no checkpoint of this project (a ckpt.pt from a folder of runs/ is)")

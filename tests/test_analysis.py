@@ -955,7 +955,7 @@ def test_report_has_pages_for_each_item_in_its_order(analyse, runs, tmp_path, mo
     assert list(asked) == [what for what in order if what in studies]
     assert set(asked) == {*studies} - {"report"}  # no study is forgotten
     assert [command[0] for command in made] == [
-        what.split()[0].format(script="ddpm_conditional.py") for what in order if what not in studies
+        what.split()[0].format(kind="ddpm_conditional") for what in order if what not in studies
     ]
     for script, *flags in made:
         typed = parsed(script, flags)
@@ -986,7 +986,9 @@ def test_a_page_has_heading_question_figure_numbers_and_room_for_a_text():
     curves = {"a": ((1, 2, 3), (4, 5, 6)), "b": ((1, 2, 3), (6, 5, 4))}
     chart = charts.Chart([charts.Panel(f"panel {i}", "t", "y", curves) for i in range(5)])
     grid, rows = Image.new("RGB", (1600, 900)), [{"setting": k, "value": 1234.5678} for k in range(150)]
-    pages = charts.pages_of("heading", "a question?", "how to read it", [grid, chart], rows)
+    pages = charts.pages_of(
+        [charts.section("heading", "a question?", ["how to read it"], [grid, chart], rows)]
+    )
     drawn = [charts.draw_page(page) for page in pages]
     text = [line for page in drawn for line in texts_of(page)]
     assert text[:2] == ["heading", "a question?"] and text[-1] == "Your text:"
@@ -1010,7 +1012,7 @@ def test_clouds_are_squares_in_rows_of_their_own_number():
     x, y = analysis.swiss_roll(200, generator(0)).flatten(1).T.tolist()
     names = [f"{schedule}, t = {t}" for schedule in ("linear", "scaled_linear") for t in range(994, 1001)]
     clouds = [charts.Panel(name, "", "", {"roll": (x, y)}, kind="cloud") for name in names]
-    chart = charts.Chart(clouds, 7, 1.0)
+    chart = charts.Chart(clouds, 7)
     figure = charts.new_figure(11, charts.layout(chart, 11)[2], layout="constrained")
     charts.draw_panels(chart, 11, figure)
     figure.draw_without_rendering()
@@ -1057,7 +1059,9 @@ def test_a_report_of_two_runs_compares_them(analyse, runs, tmp_path, monkeypatch
         few[name] = few[name]._replace(run=run)
     monkeypatch.setattr(analysis, "STUDIES", few)
     monkeypatch.setattr(analysis, "REPORT", [("1", "losses"), ("P2", "noise")])
-    monkeypatch.setattr(analysis, "write_report", lambda path, found: pages.extend(found) or path)
+    monkeypatch.setattr(
+        analysis, "write_report", lambda path, found: pages.extend(charts.pages_of(found)) or path
+    )
     both = [runs / "ddpm_digits", runs / "p2"]
     assert analyse("report", *both, "--out", "o").code == 0
     assert asked == [("losses", 2), ("noise", 1), ("noise", 1)]
@@ -1088,8 +1092,9 @@ def test_single_images_go_into_a_folder_of_their_own(tmp_path, drawn):
 def test_a_report_shows_every_setting(tmp_path):
     configs = [{"flip": flip, "lr": 0.1, "name": None, "multipliers": [1, 2]} for flip in (True, False)]
     named = zip(("a", "b"), configs, strict=True)
-    pages = charts.settings_page([analysis.Model(k, None, None, c, None, tmp_path) for k, c in named])
-    (table,) = [line for page in pages for line in texts_of(charts.draw_page(page)) if "setting" in line[:9]]
+    section = charts.settings_section([analysis.Model(k, None, None, c, None, tmp_path) for k, c in named])
+    (page,) = charts.pages_of([section])
+    (table,) = [line for line in texts_of(charts.draw_page(page)) if line.startswith("setting")]
     rows = [line.split() for line in table.splitlines()]
     assert ["flip", "True", "False"] in rows and {row[0] for row in rows[1:]} == {"flip", "lr", "multipliers"}
 

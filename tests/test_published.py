@@ -178,7 +178,7 @@ def test_a_report_shows_published_weights_on_images_of_the_user(tmp_path, script
     Image.effect_noise((40, 30), 90).save("photo.png")
     fast, made = ("weights", "forward", "denoise", "losses", "evaluate", "guidance", "sdedit", "ddpm"), []
     few = [
-        (item, what) for item, what in analysis.REPORT if {*what.split()[:2]} & {*fast} or "{script}" in what
+        (item, what) for item, what in analysis.REPORT if {*what.split()[:2]} & {*fast} or "{kind}" in what
     ]
     monkeypatch.setattr(analysis, "REPORT", few)
     picture = Image.new("RGB", (300, 200))
