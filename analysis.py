@@ -194,7 +194,8 @@ def chosen_images(settings: Settings, config: dict | None = None):
     """x_0 (B, C, H, W), of --image or of a run's data, and the conditions y (B, ...) of these, or None."""
     config = config or {**vars(settings), "channels": None, "limit": None, "data_root": "data"}
     if settings.image:
-        return read_images(settings.image, config["image_size"] or 64, config["channels"] or 3), None
+        x = read_images(settings.image, config["image_size"] or 64, config["channels"] or 3)
+        return (x if config["channels"] or (x != x[:, :1]).any() else x[:, :1]), None  # gray ones stay gray
     data, condition = real_data(config, settings), config.get("condition")
     order = torch.randperm(len(data.images), generator=seeded_generator(settings.seed))
     chosen = order[: vars(settings).get("images", 1)]
@@ -654,7 +655,7 @@ def denoise(settings: Settings, *models: Model) -> Result:
             row = {"noise": f"t = {t}", "snr": diffusion.snr[t], "denoised by": name, "psnr": value}
             rows.append(row | ({"best": "of the blurs"} if name == best else {}))
         heads = [f"{name}\n{value:.1f} dB{' *' * (name == best)}" for name, value in values.items()]
-        caption = f"{snr_label(diffusion, t)}; noisy: x_t / sqrt(ab); PSNR over {len(x)} images; *: best blur"
+        caption = f"{snr_label(diffusion, t)}; noisy: x_t / sqrt(alpha_bar); PSNR of {len(x)}; *: best blur"
         pictures = torch.cat([one[:1] for one in (x, *ways.values())])
         figure.append(make_grid(pictures, caption, len(pictures), heads=["x_0", *heads]))
     for model in networks:  # A 1.4, of the first image
@@ -663,9 +664,7 @@ def denoise(settings: Settings, *models: Model) -> Result:
         shown = {f"t = {t}": x for t, x in kept.items()} | {k: ways[k] for k in ("iterative", "one step")}
         shown["blurred"] = low_pass(ways["x_t"], x_0.shape[-1] / 8)
         cells = torch.cat([model.space.decode(x) for x in shown.values()])
-        caption = (
-            "after each fifth stride: noise becomes an image; one step gives a mean of all, a blur gives gray"
-        )
+        caption = "after each fifth stride: from noise to an image; one step gives a mean of all that fit"
         figure.append(make_grid(cells, caption, len(shown), heads=[*shown]))
     for model in denoisers:
         seen, of_denoiser = one_level(model)
@@ -735,8 +734,8 @@ def on_schedule(trained: Diffusion, other: Diffusion, eps_theta):
 def samplers(settings: Settings, model: Model) -> Result:
     """How few steps will do, for each sampler, and may the schedule be another one than in training?
 
-    From one noise the deterministic samplers all go to one picture, the better ones in fewer evaluations.
-    DDPM adds noise on the way and ends elsewhere, so for it only the quality counts.
+    From one noise all but DDPM go to one picture, the better ones in fewer evaluations; of DDPM only the
+    quality counts. Frechet distances of few samples differ by chance, by about that of real images.
     """
     evaluator, few = load_evaluator(settings.classifier, model), 8  # images that are compared one by one
     T, trained, y = model.diffusion.T, model.config["schedule"], None
@@ -958,8 +957,8 @@ def evaluate(settings: Settings, *models: Model) -> Result:
     notes += ["of [0, 1] to the nearest training image (of a real one, to another one)"]
     if len(models) > 1:  # 2.d the conditional model beside the unconditional one
         best = min(rows[:-1], key=lambda row: row["frechet"])
-        notes += [f"nearest to real images: {best['run']}. Classifier-free guidance of scale s samples with"]
-        notes += ["eps_u + s (eps_c - eps_u): to eps_u it adds s times what the label changes"]
+        guided = "guidance of scale s: eps_u + s (eps_c - eps_u) adds s times what the label changes to eps_u"
+        notes += [f"nearest to real images: {best['run']}", *[guided] * any(row.get("scale") for row in rows)]
     return Result([make_grid(torch.cat(pictures), caption, min(10, n), names)], rows, models[0].folder, notes)
 
 
@@ -973,7 +972,7 @@ def losses(settings: Settings, *models: Model) -> Result:
     """
     same_data(models)
     rows, errors, keys = [], [], ("mse of eps", "mse of x_0")
-    notes = ["on the same images and noise; a stage's mean: of t = 1, 10, 40, 80, ... in it"]
+    notes = ["on the same images and noise; a stage: mean of t = 1, 10, 40, ... in it, SNR < 1e-4 too"]
     networks = [model for model in models if model.config["kind"] != "denoiser"]
     rows += [{"run": m.path, "prediction": "x_0 at one level"} for m in models if m not in networks]
     for model in networks:
@@ -1081,13 +1080,14 @@ def score(settings: Settings, model: Model | None = None) -> Result:
             grids.append(make_grid(x[:16], f"{way}, {evaluations} evaluations: can as many be read?", 8))
         rows += [{"data": model.path, "sampler": "real", "n": n, **quality(rest, half)}] if evaluator else []
     panels = [Panel(way, *PLANE, {way: x.flatten(1).T.tolist()}, kind="points") for way, x in clouds.items()]
-    x, y = (c.flatten() for c in torch.meshgrid(*[torch.linspace(-1.6, 1.6, 17)] * 2, indexing="xy"))
+    x, y = (c.flatten() for c in torch.meshgrid(*[torch.linspace(-1.2, 1.2, 17)] * 2, indexing="xy"))
     plane = torch.stack([x, y], 1)[..., None, None]
-    for t in (50, 250, 600):  # the direction of the score, -eps_theta / sqrt(1 - ab)
+    for t in (20, 100, 400):  # the direction of the score, -eps_theta / sqrt(1 - ab)
         field = -eps_theta(plane, torch.full((len(x),), t)).flatten(1)
-        arrows = (x, y, *(field / field.norm(dim=1, keepdim=True)).T)
+        arrows = [c.tolist() for c in (x, y, *(field / field.norm(dim=1, keepdim=True)).T)]
         title = f"direction of the score, {snr_label(diffusion, t)}"
-        panels.append(Panel(title, *PLANE, {"score": tuple(c.tolist() for c in arrows)}, kind="arrows"))
+        lines = {"x_0 sqrt(alpha_bar)": (diffusion.signal[t] * data).flatten(1).T.tolist(), "score": arrows}
+        panels.append(Panel(title, *PLANE, lines, kind="points"))
     folder, notes = (model.folder, model.note_condition(None)) if model else (Result.folder, ())
     return Result([Chart(panels), *grids], rows, folder, notes)
 
@@ -1095,7 +1095,10 @@ def score(settings: Settings, model: Model | None = None) -> Result:
 # 11. The report, and the command line ----------------------------------------------------------------------
 REPORT = [  # in the order of the assignment and of CS180: an item, and a study or a command # its question
     *(("1", "schedules"), ("1", "forward"), ("1", "losses")),
-    ("1", "{kind}.py --sample 20 --sampler ddpm --sample-steps {noise_steps} # How does Algorithm 2 sample?"),
+    (
+        "1",
+        "{kind}.py --sample 20 --sampler ddpm --sample-steps {noise_steps} --no-clip # How does it sample?",
+    ),
     ("1", "samplers"),
     ("2.a, 2.b", "ddpm_conditional.py --sample 30 --guidance-scale 0,1,3 # What do labels and guidance do?"),
     *(("2.c", "guidance"), ("2.d", "evaluate"), ("P2", "noise"), ("P2", "weights")),

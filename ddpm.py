@@ -319,7 +319,8 @@ class SamplerSettings:  # also of the previews while training
     no_clip: bool = setting(False, "do not clip x_0 to [-1, 1] in each stride")
 
     def __str__(self) -> str:  # in captions
-        return f"{self.sampler} {self.sample_steps} steps" + f", {self.spacing}" * bool(self.spacing)
+        options = f", {self.spacing}" * bool(self.spacing) + ", no clip" * self.no_clip
+        return f"{self.sampler} {self.sample_steps} steps{options}"
 
 
 def make_sampler(settings: SamplerSettings):

@@ -668,8 +668,7 @@ def main() -> None:
     folder = prepare_folders(run_folder(command["checkpoint"]) / "edits", out)
     columns, labels, results, notes = run(model)
     shown = {"view", "problem"} | command.typed - {"image", "draws", "classifier"}  # settings in the caption
-    names = [name for name in (*flags.split(), "no_clip") if name in shown]
-    own = [f"{name.replace('_', ' ')} {command[name]}".removesuffix(" True") for name in names]
+    own = [f"{k.replace('_', ' ')} {command[k]}".removesuffix(" True") for k in flags.split() if k in shown]
     scales = ", ".join(f"{scale:g}" for scale in model.guidance.guidance_scale)
     guided = f"{ddpm_conditional.described(model.sampling, model.guidance)}, scale {scales}"
     made = f"{model.sampling}" if model.y is None else guided

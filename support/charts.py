@@ -31,7 +31,7 @@ class Panel:  # axes of a chart
     y_label: str
     curves: Curves
     log: str = ""  # which axes are logarithmic: "", "x", "y" or "xy"
-    kind: str = "line"  # or "points", "arrows", "cloud": standardised points without numbers
+    kind: str = "line"  # or "points", or "cloud", standardised points without numbers
     bands: dict[str, tuple[float, float]] = field(default_factory=dict)  # of x, shaded; x then falls
     x_from: float = -math.inf  # points at a smaller x are in the CSV alone
     y_range: tuple[float, float] | None = None
@@ -93,7 +93,7 @@ def draw_panel(ax, panel: Panel, width: float = 4.4) -> None:
         style = {"linewidth": 1.3, "linestyle": ("-", "--", ":")[i // 10 % 3]}  # of ten colours
         drawn = [point for point in zip(*columns, strict=True) if point[0] > panel.x_from]
         columns = tuple(zip(*drawn, strict=True)) or columns
-        if panel.kind == "arrows":
+        if len(columns) == 4:
             ax.quiver(*columns, angles="xy", width=0.004, color="gray")
         elif panel.kind in ("points", "cloud"):
             ax.plot(*columns, ".", markersize=1.5, label=name)
@@ -260,7 +260,7 @@ def write_report(path: Path, sections: Sequence[list[Part]]) -> Path:
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
-    text = rc_context({"pdf.fonttype": 42})  # TrueType, whose letters can be selected and searched
+    text = rc_context({"pdf.fonttype": 42, "figure.constrained_layout.w_pad": 0.12})  # TrueType; inches
     with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages_of(sections):
             pdf.savefig(draw_page(page))
