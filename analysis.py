@@ -1095,10 +1095,7 @@ def score(settings: Settings, model: Model | None = None) -> Result:
 # 11. The report, and the command line ----------------------------------------------------------------------
 REPORT = [  # in the order of the assignment and of CS180: an item, and a study or a command # its question
     *(("1", "schedules"), ("1", "forward"), ("1", "losses")),
-    (
-        "1",
-        "{kind}.py --sample 20 --sampler ddpm --sample-steps {noise_steps} --no-clip # How does it sample?",
-    ),
+    ("1", "{kind}.py --sample 20 --sampler ddpm --sample-steps {noise_steps} --no-clip # How does it draw?"),
     ("1", "samplers"),
     ("2.a, 2.b", "ddpm_conditional.py --sample 30 --guidance-scale 0,1,3 # What do labels and guidance do?"),
     *(("2.c", "guidance"), ("2.d", "evaluate"), ("P2", "noise"), ("P2", "weights")),
