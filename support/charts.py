@@ -213,14 +213,14 @@ def section(title: str, question: str, texts: Sequence[str], figure: Sequence, r
     parts += [row for part in figure for row in shown(part)]
     parts += [words([line for text in texts for line in wrap(text, 105)], 9)]
     parts += [words(lines[i : i + 60], size, family="monospace") for i in range(0, len(lines), 60)]
-    return [*parts, (1.5, words(["Your text:"], 9, color="gray")[1])]
+    return [*parts, (1.2, words(["Your text:"], 9, color="gray")[1])]
 
 
 def pages_of(sections: Sequence[list[Part]]) -> list[list[Part]]:
-    """Sections below each other on pages; a heading stays with its question and what follows them."""
+    """Sections below each other on pages; a heading stays with its figure, your text with the numbers."""
     pages: list = [[]]
     for parts in sections:
-        for block in (parts[:3], *([part] for part in parts[3:])):
+        for block in (parts[:3], *([part] for part in parts[3:-2]), parts[3:][-2:]):
             if pages[-1] and sum(tall for tall, _ in (*pages[-1], *block)) > TALL:
                 pages.append([])
             pages[-1] += block
@@ -245,7 +245,7 @@ def training_log(model) -> list[dict]:
 
 def settings_section(models: Sequence) -> list[Part]:
     """The settings of each run as a table, and its first, middle and last preview as a figure."""
-    keys = dict.fromkeys(k for m in models for k, value in m.config.items() if value is not None)
+    keys = {k: 0 for m in models for k, v in m.config.items() if isinstance(v, str | int | float | list)}
     rows = [{"setting": k} | {m.path: str(m.config.get(k))[:40] for m in models} for k in keys]
     made = [sorted((model.folder / "samples").glob("epoch_*.png")) for model in models]
     shown = [[files[i] for i in sorted({0, len(files) // 2, len(files) - 1})] for files in made if files]
@@ -260,7 +260,7 @@ def write_report(path: Path, sections: Sequence[list[Part]]) -> Path:
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
-    text = rc_context({"pdf.fonttype": 42, "figure.constrained_layout.w_pad": 0.12})  # TrueType; inches
+    text = rc_context({"pdf.fonttype": 42, "figure.constrained_layout.w_pad": 0.07})  # TrueType; inches
     with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages_of(sections):
             pdf.savefig(draw_page(page))

@@ -1008,19 +1008,20 @@ def test_a_page_has_heading_question_figure_numbers_and_room_for_a_text():
     assert sum(bool(ax.images) for ax in axes) == 1
 
 
-def test_clouds_are_squares_in_rows_of_their_own_number():
+@pytest.mark.parametrize("width", [11, charts.WIDE])  # inches, of a picture and of a page
+def test_clouds_are_squares_in_rows_of_their_own_number(width):
     x, y = analysis.swiss_roll(200, generator(0)).flatten(1).T.tolist()
     names = [f"{schedule}, t = {t}" for schedule in ("linear", "scaled_linear") for t in range(994, 1001)]
     clouds = [charts.Panel(name, "", "", {"roll": (x, y)}, kind="cloud") for name in names]
     chart = charts.Chart(clouds, 7)
-    figure = charts.new_figure(11, charts.layout(chart, 11)[2], layout="constrained")
-    charts.draw_panels(chart, 11, figure)
+    figure = charts.new_figure(width, charts.layout(chart, width)[2], layout="constrained")
+    charts.draw_panels(chart, width, figure)
     figure.draw_without_rendering()
     boxes = [ax.get_window_extent() for ax in figure.axes]
     for row in (boxes[:7], boxes[7:]):
         assert len({round(box.y0) for box in row}) == 1 and len({round(box.x0) for box in row}) == 7
     for ax, box in zip(figure.axes, boxes, strict=True):
-        assert box.width == pytest.approx(box.height, abs=1) and box.width > 96
+        assert box.width == pytest.approx(box.height, abs=1) and box.width > 8.7 * width  # pixels, of 100
         assert ax.lines[0].get_xdata() == pytest.approx(x) and ax.get_xlim() == ax.get_ylim() == (-3, 3)
         titles = [other.title.get_window_extent() for other in figure.axes if other is not ax]
         assert not any(ax.title.get_window_extent().overlaps(title) for title in titles)
@@ -1090,7 +1091,10 @@ def test_single_images_go_into_a_folder_of_their_own(tmp_path, drawn):
 
 
 def test_a_report_shows_every_setting(tmp_path):
-    configs = [{"flip": flip, "lr": 0.1, "name": None, "multipliers": [1, 2]} for flip in (True, False)]
+    configs = [
+        {"flip": flip, "lr": 0.1, "name": None, "multipliers": [1, 2], "space": object()}
+        for flip in (True, False)
+    ]
     named = zip(("a", "b"), configs, strict=True)
     section = charts.settings_section([analysis.Model(k, None, None, c, None, tmp_path) for k, c in named])
     (page,) = charts.pages_of([section])

@@ -296,13 +296,13 @@ def test_the_sharp_filter_keeps_low_waves_and_halves_one_at_its_cut(cycles):
             wave = (2 * math.pi * f * torch.arange(16, dtype=torch.float64) / 16 + 0.3).cos().view(dims)
             wave = wave.expand(1, 1, 16, 16)
             gain = 1 / (1 + (f / cycles) ** 8)
-            assert torch.allclose(operators.sharp_low_pass(wave, cycles), gain * wave, atol=1e-12)
+            assert torch.allclose(edit.sharp_low_pass(wave, cycles), gain * wave, atol=1e-12)
 
 
 def test_a_hybrid_takes_any_filter():
     eps_1, eps_2 = random_denoiser(0), random_denoiser(1)
     x, t = torch.randn(2, *SQUARE, dtype=torch.float64), torch.tensor([5, 70])
-    G = partial(operators.sharp_low_pass, cycles=2.5)
+    G = partial(edit.sharp_low_pass, cycles=2.5)
     mixed = edit.hybrid(eps_1, eps_2, G)(x, t)
     assert torch.allclose(mixed, G(eps_1(x, t)) + eps_2(x, t) - G(eps_2(x, t)))
     none, all_of_it = (edit.hybrid(eps_1, eps_2, lambda x, k=k: k * x)(x, t) for k in (0, 1))
