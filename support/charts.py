@@ -190,7 +190,7 @@ WIDE, TALL = 7.1, 10.4  # inches of a page that parts may fill
 def words(lines: Sequence[str], size: float, **font) -> Part:
     """Lines of text, size in points."""
     text = {"size": size, "va": "top", "linespacing": 1.25, **font}
-    return len(lines) * size / 52 + 0.1, lambda place: place.text(0, 1, "\n".join(lines), **text)
+    return len(lines) * size / 55 + 0.1, lambda place: place.text(0, 1, "\n".join(lines), **text)
 
 
 def shown(part: Image.Image | Chart) -> list[Part]:
@@ -213,7 +213,7 @@ def section(title: str, question: str, texts: Sequence[str], figure: Sequence, r
     parts += [row for part in figure for row in shown(part)]
     parts += [words([line for text in texts for line in wrap(text, 105)], 9)]
     parts += [words(lines[i : i + 60], size, family="monospace") for i in range(0, len(lines), 60)]
-    return [*parts, (1.2, words(["Your text:"], 9, color="gray")[1])]
+    return [*parts, (0.9, words(["Your text:"], 9, color="gray")[1])]
 
 
 def pages_of(sections: Sequence[list[Part]]) -> list[list[Part]]:
