@@ -1105,7 +1105,7 @@ REPORT = [  # in the order of the assignment and of CS180: an item, and a study 
     ("CS180 A 1.8", "edit.py anagram --labels 6,9 --draws 5 # Can one picture be read in two ways?"),
     ("CS180 A 1.9", "edit.py hybrid --labels 6,4 --draws 5 # Is it one thing from afar, another from near?"),
     ("Scores", "score"),
-    ("Scores", "edit.py sds --labels 3,8 # What does score distillation make of noise?"),
+    ("Scores", "edit.py sds --labels 3,8 --draws 2 # What does score distillation make of noise?"),
 ]
 
 
