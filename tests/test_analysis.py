@@ -1008,6 +1008,25 @@ def test_a_page_has_heading_question_figure_numbers_and_room_for_a_text():
     assert sum(bool(ax.images) for ax in axes) == 1
 
 
+def test_a_wide_table_is_in_parts_that_fit_and_loses_nothing():
+    rows = [{"run": f"run {i}", **{f"measure {k}": i + k / 10 for k in range(9)}} for i in range(3)]
+    whole, parts = charts.aligned(rows), charts.aligned(rows, 50)
+    assert len(whole) == 4 and len(whole[0]) > 50 and len(parts) == 12 and max(map(len, parts)) <= 50
+    for i in range(4):  # each line of the whole is the lines of the parts, after the first column
+        assert whole[i].split() == " ".join([whole[i][:5], *(line[5:] for line in parts[i::4])]).split()
+        assert {line[:5] for line in parts[i::4]} == {whole[i][:5]}
+    assert charts.aligned([], 50) == []
+
+
+@pytest.mark.parametrize("colour, channels", [("L", 1), ("RGB", 3)])
+def test_an_image_of_the_user_has_the_noise_of_its_kind(tmp_path, colour, channels):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20, 3), np.uint8)
+    Image.fromarray(pixels).convert(colour).save(tmp_path / "me.png")
+    chosen = analysis.STUDIES["forward"].settings(image=[str(tmp_path / "me.png")])
+    x, y = analysis.chosen_images(chosen)
+    assert x.shape == (1, channels, 64, 64) and y is None
+
+
 @pytest.mark.parametrize("width", [11, charts.WIDE])  # inches, of a picture and of a page
 def test_clouds_are_squares_in_rows_of_their_own_number(width):
     x, y = analysis.swiss_roll(200, generator(0)).flatten(1).T.tolist()
