@@ -2,7 +2,6 @@
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -121,7 +120,7 @@ def figure_of(script: str, *flags: object) -> list[PIL.Image.Image]:
     made = re.findall("^(?:figure|grid) +(.+)$", done.stdout, re.MULTILINE)
     if done.returncode or not made:
         raise UserError((done.stderr.strip().splitlines() or ["no figure was made"])[-1])
-    file = shlex.split(made[0])[0] if "'" in made[0] else made[0].strip('"')  # as `quoted` writes it
+    file = made[0].strip("'\"").replace("'\"'\"'", "'")  # as `quoted` writes it
     return [PIL.Image.open(file, formats=["PNG"]).convert("RGB")]
 
 
