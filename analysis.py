@@ -789,6 +789,7 @@ def samplers(settings: Settings, model: Model) -> Result:
     for what in ("distance to DDIM's end point", "frechet", "ms per image"):
         seen = [row for row in rows if row.get("schedule") == trained and row.get(what) != 0]  # log 0
         panels.append(Panel(what, "evaluations", what, curves(seen, "sampler", "evaluations", what), "xy"))
+    panels[1].curves |= {"real images": ([5, 50], [rows[-1]["frechet"]] * 2)} if evaluator else {}
     return Result([join(grids, across=True), Chart(panels)], rows, model.folder, notes)
 
 
