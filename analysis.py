@@ -443,6 +443,7 @@ def schedules(settings: Settings) -> Result:
         row |= {"steps with SNR > 0.01": (snr > 0.01).sum().item(), "alpha_bar_T": alpha_bar[-1]}
         rows.append(row | {"half the structure gone at t": half_gone if half_gone <= T else None})
     panels = [Panel(name, "t", name, c, "" if name == "alpha_bar" else "y") for name, c in found.items()]
+    panels[-1].y_range = 1e-5, 1e5  # of SNR; cosine ends near 1e-9, and the others would lie on each other
     half = "structure is half gone where the correlation of x_t with x_0, sqrt(alpha_bar_t), is 0.5 or less"
     return Result([Chart(panels)], rows, notes=[half])
 
@@ -535,9 +536,7 @@ def forward(settings: Settings) -> Result:
         for t, x in zip((0, *shown), points[what], strict=True)
     ]
     heads = ["x_0", *(f"t = {t}" for t in shown), "signal", "noise", "x_t"]
-    caption = (
-        f"From which column on is it noise? Last three: x_t at t = {t_parts} is the sum of signal and noise"
-    )
+    caption = f"From which column on is it noise? Last three: x_t at t = {t_parts} is signal plus noise"
     cells = torch.cat([x for pictures, _, _ in found.values() for x in pictures])
     grid = make_grid(cells, caption, len(heads), [*found], heads)
     lines = {key: {name: left[key] for name, (_, _, left) in found.items()} for key in left}
@@ -655,7 +654,8 @@ def denoise(settings: Settings, *models: Model) -> Result:
             row = {"noise": f"t = {t}", "snr": diffusion.snr[t], "denoised by": name, "psnr": value}
             rows.append(row | ({"best": "of the blurs"} if name == best else {}))
         heads = [f"{name}\n{value:.1f} dB{' *' * (name == best)}" for name, value in values.items()]
-        caption = f"{snr_label(diffusion, t)}; noisy: x_t / sqrt(alpha_bar); PSNR of {len(x)}; *: best blur"
+        level, over = snr_label(diffusion, t), f"mean of {len(x)} image{'s' * (len(x) > 1)}"
+        caption = f"{level}; noisy: x_t / sqrt(alpha_bar); PSNR: {over}; *: best blur"
         pictures = torch.cat([one[:1] for one in (x, *ways.values())])
         figure.append(make_grid(pictures, caption, len(pictures), heads=["x_0", *heads]))
     for model in networks:  # A 1.4, of the first image
@@ -789,7 +789,7 @@ def samplers(settings: Settings, model: Model) -> Result:
     for what in ("distance to DDIM's end point", "frechet", "ms per image"):
         seen = [row for row in rows if row.get("schedule") == trained and row.get(what) != 0]  # log 0
         panels.append(Panel(what, "evaluations", what, curves(seen, "sampler", "evaluations", what), "xy"))
-    panels[1].curves |= {"real images": ([5, 50], [rows[-1]["frechet"]] * 2)} if evaluator else {}
+    panels[1].curves |= {"real images": ([5, min(50, T)], [rows[-1]["frechet"]] * 2)} if evaluator else {}
     return Result([join(grids, across=True), Chart(panels)], rows, model.folder, notes)
 
 
@@ -876,9 +876,7 @@ def guidance(settings: Settings, model: Model) -> Result:
             rows.append(measured(kind, scale, x, y if y.ndim == 1 else of))  # a caption by its number
             shown.append(x[: R * many].unflatten(0, (settings.batches, settings.show, R)))
         cells = torch.stack(shown).permute(3, 1, 0, 2, 4, 5, 6).flatten(0, 3)  # (R batches S show, C, H, W)
-        caption = (
-            f"{kind} guidance, {sampler} {steps} steps: at which scales are labels right, or images broken?"
-        )
+        caption = f"{kind} guidance, {sampler} {steps} steps: where are labels right, and images broken?"
         grids.append(make_grid(cells, caption, len(scales) * settings.show, labels, heads))
     last = [measured("real images", None, to_x_0(real[1]), real[2])] if real else []
     level = [one | {"scale": s} for one in last for s in (min(scales), max(scales))]  # drawn as a line
@@ -958,7 +956,7 @@ def evaluate(settings: Settings, *models: Model) -> Result:
     notes += ["of [0, 1] to the nearest training image (of a real one, to another one)"]
     if len(models) > 1:  # 2.d the conditional model beside the unconditional one
         best = min(rows[:-1], key=lambda row: row["frechet"])
-        guided = "guidance of scale s: eps_u + s (eps_c - eps_u) adds s times what the label changes to eps_u"
+        guided = "guidance, eps_u + s (eps_c - eps_u): to eps_u it adds s times what the label changes"
         notes += [f"nearest to real images: {best['run']}", *[guided] * any(row.get("scale") for row in rows)]
     return Result([make_grid(torch.cat(pictures), caption, min(10, n), names)], rows, models[0].folder, notes)
 
@@ -973,7 +971,7 @@ def losses(settings: Settings, *models: Model) -> Result:
     """
     same_data(models)
     rows, errors, keys = [], [], ("mse of eps", "mse of x_0")
-    notes = ["on the same images and noise; a stage: mean of t = 1, 10, 40, ... in it, SNR < 1e-4 too"]
+    notes = ["on the same images and noise; a stage: mean of its t = 1, 10, 40, ...; charts end at SNR 1e-4"]
     networks = [model for model in models if model.config["kind"] != "denoiser"]
     rows += [{"run": m.path, "prediction": "x_0 at one level"} for m in models if m not in networks]
     for model in networks:
@@ -1087,7 +1085,7 @@ def score(settings: Settings, model: Model | None = None) -> Result:
         field = -eps_theta(plane, torch.full((len(x),), t)).flatten(1)
         arrows = [c.tolist() for c in (x, y, *(field / field.norm(dim=1, keepdim=True)).T)]
         title = f"direction of the score, {snr_label(diffusion, t)}"
-        lines = {"x_0 sqrt(alpha_bar)": (diffusion.signal[t] * data).flatten(1).T.tolist(), "score": arrows}
+        lines = {"sqrt(alpha_bar) x_0": (diffusion.signal[t] * data).flatten(1).T.tolist(), "score": arrows}
         panels.append(Panel(title, *PLANE, lines, kind="points"))
     folder, notes = (model.folder, model.note_condition(None)) if model else (Result.folder, ())
     return Result([Chart(panels), *grids], rows, folder, notes)
@@ -1127,7 +1125,7 @@ def report(settings: Settings, *models: Model) -> None:
     for item, what in REPORT:
         one = STUDIES.get(what)
         command, question, *more = (what, *one.about) if one else what.split(" # ")
-        of = models[0] if "{kind}" in command else last
+        of = models[0] if "{kind}" in command else last  # Algorithm 2 by the first, edits by the last
         values = of.config | {"image": image, "half": of.config["image_size"] // 2}
         words = [part.format(**values).replace("published.py", "ddpm.py") for part in command.split()]
         for group in {0: [[]], math.inf: [models]}.get(one.most, each) if one else [[of]]:

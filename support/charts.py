@@ -68,7 +68,7 @@ def new_figure(width: float, height: float, **options):
 def layout(chart: Chart, width: float) -> tuple[int, int, float]:
     """Rows and columns of the panels that have curves, and their height, for a width; both in inches."""
     n = max(1, sum(bool(panel.curves) for panel in chart.panels))  # a chart may have no curves, and is empty
-    columns = min(n, chart.columns, int(width // 3.5) if chart.columns <= 3 else n)  # many are small clouds
+    columns = min(n, chart.columns, int(width // 3.5) if chart.columns <= 3 else n)  # more: clouds
     return (rows := math.ceil(n / columns)), columns, rows * min(3.2, 1.15 * width / columns)
 
 
@@ -260,7 +260,7 @@ def write_report(path: Path, sections: Sequence[list[Part]]) -> Path:
     from matplotlib import rc_context
     from matplotlib.backends.backend_pdf import PdfPages
 
-    text = rc_context({"pdf.fonttype": 42, "figure.constrained_layout.w_pad": 0.07})  # TrueType; inches
+    text = rc_context({"pdf.fonttype": 42, "figure.constrained_layout.w_pad": 0.07})  # TrueType; a gap
     with text, replacing(path := new_path(path, ".pdf")) as file, PdfPages(file) as pdf:
         for page in pages_of(sections):
             pdf.savefig(draw_page(page))

@@ -134,4 +134,4 @@ def run_main(main: Callable[[], None]) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if status:
-        sys.exit(status)  # here, and not above: a notebook would also show what an exception followed
+        sys.exit(status)  # outside the handlers: a notebook would print the handled exception too
